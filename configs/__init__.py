@@ -1,0 +1,1 @@
+"""Recipes in TOML, shipped with the package. Each header says hardware, minutes and the expected result."""

@@ -1,0 +1,177 @@
+"""LoRA adapters through PEFT: put them on, group their parameters, read them, set their strength."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from .config import AdapterSection, RunConfig, Targets
+from .errors import TrainingError
+from .models import Base
+
+ADAPTER = "default"
+
+_UNET_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+_UNET_FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+_UNET_CONVOLUTION = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"]
+UNET_TARGETS: dict[Targets, list[str]] = {
+    "attention": _UNET_ATTENTION,
+    "attention+ff": _UNET_ATTENTION + _UNET_FEED_FORWARD,
+    "attention+ff+conv": _UNET_ATTENTION + _UNET_FEED_FORWARD + _UNET_CONVOLUTION,
+}
+
+# All four of q, k, v and out: A1111 ignores the attention of OpenCLIP text encoders unless all four are there.
+_TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
+TEXT_TARGETS: dict[Targets, list[str]] = {
+    "attention": _TEXT_ATTENTION,
+    "attention+ff": [*_TEXT_ATTENTION, "fc1", "fc2"],
+    "attention+ff+conv": [*_TEXT_ATTENTION, "fc1", "fc2"],
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One trained component, as it is printed and recorded."""
+
+    name: str
+    modules: int
+    parameters: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One adapted layer: its weight changes by `alpha / rank * up @ down`."""
+
+    name: str
+    """Dotted path of the layer inside its component."""
+    down: Tensor
+    """(rank, in) or (rank, in, kh, kw)."""
+    up: Tensor
+    """(out, rank) or (out, rank, 1, 1)."""
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def delta(self) -> Tensor:
+        """The change of the layer's weight, fp32, flattened to (out, in * kh * kw)."""
+        return self.alpha / self.rank * self.up.float().flatten(1) @ self.down.float().flatten(1)
+
+
+def trained_components(base: Base, settings: AdapterSection) -> dict[str, nn.Module]:
+    """The components that get an adapter."""
+    return {
+        name: module
+        for name, module in base.components.items()
+        if (settings.unet if name == "unet" else settings.text_encoder)
+    }
+
+
+def put_on(base: Base, settings: AdapterSection, seed: int) -> None:
+    """Add fp32 LoRA layers to the trained components; the base stays frozen. `up` starts at zero: no effect yet."""
+    for offset, (name, module) in enumerate(trained_components(base, settings).items()):
+        targets = UNET_TARGETS if name == "unet" else TEXT_TARGETS
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + offset)
+            config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets[settings.targets])
+            module.add_adapter(config, adapter_name=ADAPTER)
+        for parameter in trained_parameters(module):
+            parameter.data = parameter.data.float()
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The adapter's parameters of one component, in a fixed order."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def learning_rate(config: RunConfig, component: str) -> float:
+    return config.optimizer.lr if component == "unet" else config.optimizer.text_encoder_lr
+
+
+def parts(base: Base, config: RunConfig) -> list[Part]:
+    """What is trained: modules, parameters and learning rate of each part, counted on the live model.
+
+    Raises:
+        TrainingError: if a part that should be trained holds no adapter.
+    """
+    found = []
+    for name, module in trained_components(base, config.adapter).items():
+        parameters = trained_parameters(module)
+        if not parameters:
+            raise TrainingError(f"no layer of {name} matches the targets {config.adapter.targets!r}", "adapter.targets",
+                                "Choose other targets, or switch this part off.")
+        size = sum(parameter.numel() for parameter in parameters)
+        found.append(Part(name, len(list(lora_modules(module))), size, learning_rate(config, name)))
+    return found
+
+
+def parameter_groups(base: Base, config: RunConfig) -> list[dict]:
+    """One optimizer group per part, each with its learning rate."""
+    return [
+        {"params": trained_parameters(module), "lr": learning_rate(config, name), "name": name}
+        for name, module in trained_components(base, config.adapter).items()
+    ]
+
+
+def lora_modules(component: nn.Module) -> Iterator[LoraModule]:
+    """The adapted layers of one component, read from the live model; alpha is what the layer really applies."""
+    for name, layer in component.named_modules():
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.scaling:
+            yield LoraModule(
+                name=name,
+                down=layer.lora_A[ADAPTER].weight.detach(),
+                up=layer.lora_B[ADAPTER].weight.detach(),
+                alpha=float(layer.scaling[ADAPTER] * layer.r[ADAPTER]),
+            )
+
+
+def adapter_state(base: Base) -> dict[str, Tensor]:
+    """All adapter weights as fp32 copies on the CPU: `unet.<layer>.down`, `text_encoder.<layer>.up`, ..."""
+    return {
+        f"{component}.{lora.name}.{side}": getattr(lora, side).float().cpu().clone()
+        for component, module in base.components.items()
+        for lora in lora_modules(module)
+        for side in ("down", "up")
+    }
+
+
+def load_adapter_state(base: Base, state: dict[str, Tensor]) -> None:
+    """Copy saved weights into adapters that are already on.
+
+    Raises:
+        TrainingError: if the saved weights are not those of this configuration.
+    """
+    live = {
+        f"{component}.{lora.name}.{side}": getattr(lora, side)
+        for component, module in base.components.items()
+        for lora in lora_modules(module)
+        for side in ("down", "up")
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in live.items()}
+    if shapes != {name: tuple(tensor.shape) for name, tensor in state.items()}:
+        raise TrainingError("the saved adapter does not fit this base and configuration", "checkpoint",
+                            "Use the config.toml and the base that the run was started with.")
+    for name, tensor in live.items():
+        tensor.copy_(state[name])
+
+
+@contextmanager
+def strength(base: Base, factor: float) -> Iterator[None]:
+    """Within the block the adapters act with `factor` times their trained effect; 0 is the untouched base."""
+    layers = [m for c in base.components.values() for m in c.modules() if isinstance(m, LoraLayer)]
+    trained = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        layer.scaling = {name: value * factor for name, value in layer.scaling.items()}
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, trained, strict=True):
+            layer.scaling = scaling

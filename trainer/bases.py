@@ -1,0 +1,136 @@
+"""What a base model is, read from its small configuration files: no weights are loaded and no torch is imported."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .architectures import ARCHITECTURES
+from .errors import BaseModelError
+
+FamilyName = Literal["sd1", "sd2", "sdxl"]
+
+POCKET = Path(__file__).parent / "pocket"
+FAMILY_TITLES: dict[FamilyName, str] = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "SDXL"}
+_ACCEPTED = "Give a diffusers folder, a Hub id such as owner/name, pocket, or random:sd15, random:sd21, random:sdxl."
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """A base model before it is loaded."""
+
+    model: str
+    """What the configuration says: a Hub id, a folder, `pocket` or `random:...`."""
+    source: str
+    """Where the weights come from: a folder, a Hub id, or `random:...`."""
+    family: FamilyName
+    prediction: Literal["epsilon", "v_prediction"]
+    resolution: int
+    """Side in pixels of the square the base was trained at."""
+    vae_factor: int
+    """Pixels per latent, along one side."""
+    bucket_step: int
+    """Bucket sides are multiples of this many pixels, so that every UNet level divides evenly."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.short_name} ({FAMILY_TITLES[self.family]}, {self.prediction}, {self.resolution} px)"
+
+    @property
+    def short_name(self) -> str:
+        """The name without any path of this computer."""
+        return Path(self.model).name if Path(self.model).is_dir() else self.model
+
+
+def inspect_base(model: str) -> BaseInfo:
+    """Find a base model and recognise its family from its configuration.
+
+    Raises:
+        BaseModelError: if it cannot be found, or is not of the Stable Diffusion family.
+    """
+    if model.startswith("random:"):
+        architecture = model.removeprefix("random:")
+        if architecture not in ARCHITECTURES:
+            raise BaseModelError(f"there is no architecture {architecture!r}", "base.model", _ACCEPTED)
+        parts = ARCHITECTURES[architecture]
+        return _recognise(model, model, parts["unet"], parts["vae"], parts["scheduler"])
+    folder = POCKET if model == "pocket" else Path(model).expanduser()
+    if folder.is_dir():
+        return _inspect_folder(model, folder)
+    if folder.is_file():
+        raise BaseModelError(f"{model} is a single file, and this version loads diffusers folders", "base.model",
+                             "Convert it with diffusers: StableDiffusionPipeline.from_single_file(...).save_pretrained")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+        raise BaseModelError(f"{model} does not exist", "base.model", _ACCEPTED)
+    return _inspect_hub(model)
+
+
+def _inspect_folder(model: str, folder: Path) -> BaseInfo:
+    if not (folder / "model_index.json").is_file():
+        raise BaseModelError(f"{folder} has no model_index.json, so it is not a diffusers folder", "base.model",
+                             _ACCEPTED)
+    unet, vae, scheduler = (_read_json(folder / name) for name in _CONFIG_FILES)
+    return _recognise(model, str(folder.resolve()), unet, vae, scheduler)
+
+
+def _inspect_hub(model: str) -> BaseInfo:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        files = [Path(hf_hub_download(model, name)) for name in ("model_index.json", *_CONFIG_FILES)]
+    except (LocalEntryNotFoundError, ConnectionError, OSError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise BaseModelError(f"{model} on the Hub is not a diffusers model", "base.model", _ACCEPTED) from error
+        if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
+            raise BaseModelError(f"the Hub refuses {model}: {_first_line(error)}", "base.model",
+                                 "Check the name; for a gated model run: hf auth login") from error
+        raise BaseModelError(f"{model} is no folder here, and the Hugging Face Hub cannot be reached", "base.model",
+                             "Check the name and the connection, or give a folder.") from error
+    return _recognise(model, model, *(_read_json(file) for file in files[1:]))
+
+
+_CONFIG_FILES = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+
+
+def _recognise(model: str, source: str, unet: dict[str, Any], vae: dict[str, Any], scheduler: dict[str, Any]) -> BaseInfo:
+    """The family shows in the UNet: SDXL adds time ids, SD 2 projects linearly, SD 1 with 1x1 convolutions."""
+    if unet.get("in_channels") != 4 or not unet.get("cross_attention_dim"):
+        raise BaseModelError(f"the UNet of {model} is not that of a text-to-image Stable Diffusion", "base.model",
+                             "Inpainting, depth and other special bases cannot be trained.")
+    family: FamilyName = "sd1"
+    if unet.get("addition_embed_type") == "text_time":
+        family = "sdxl"
+    elif unet.get("use_linear_projection"):
+        family = "sd2"
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise BaseModelError(f"the scheduler of {model} predicts {prediction!r}", "base.model",
+                             "Only epsilon and v_prediction bases can be trained.")
+    vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    unet_factor = 2 ** (len(unet["block_out_channels"]) - 1)
+    return BaseInfo(
+        model=model,
+        source=source,
+        family=family,
+        prediction=prediction,
+        resolution=int(unet["sample_size"]) * vae_factor,
+        vae_factor=vae_factor,
+        bucket_step=vae_factor * unet_factor,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BaseModelError(f"{path} is missing", "base.model", "The folder is incomplete; save it again.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BaseModelError(f"{path} is not valid JSON ({error})", "base.model", "Save the model again.") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,78 @@
+"""Errors a person can act on: each names its place and its fix.
+
+UserError            the input or the configuration must change (exit code 2)
+  ConfigError        a setting is wrong, unknown or without effect
+  DataError          images or captions cannot be used as they are
+  BaseModelError     the base model cannot be found, read or recognised
+  RunError           a run folder is in the wrong state for what was asked
+TrainingError        the run failed after it had begun (exit code 1)
+  ExportError        a file was written but is not the same as the trained model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where it is, what it is, and what to do about it."""
+
+    where: str
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}. {self.fix}" if self.where else f"{self.what}. {self.fix}"
+
+
+class LorasmithError(Exception):
+    """Root of all errors that are shown to a person without a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, where: str = "", fix: str = "") -> None:
+        self.problems = [Problem(where, what, fix)]
+        super().__init__(what)
+
+    @classmethod
+    def of(cls, problems: Iterable[Problem]) -> LorasmithError:
+        """One error for many problems, so that they can all be mended at once."""
+        problems = list(problems)
+        error = cls(problems[0].what, problems[0].where, problems[0].fix)
+        error.problems = problems
+        return error
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem).rstrip() for problem in self.problems)
+
+
+class UserError(LorasmithError):
+    """The input or the configuration must change before anything can run."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A setting is wrong, unknown, or without effect."""
+
+
+class DataError(UserError):
+    """Images or captions cannot be used as they are."""
+
+
+class BaseModelError(UserError):
+    """The base model cannot be found, read, or recognised."""
+
+
+class RunError(UserError):
+    """A run folder is in the wrong state for what was asked."""
+
+
+class TrainingError(LorasmithError):
+    """The run failed after it had begun; the last checkpoint stands."""
+
+
+class ExportError(TrainingError):
+    """A file was written, but it is not the same as the trained model."""

@@ -1,0 +1,1 @@
+"""The Gradio app: a view of run folders. It loads no model and trains nothing itself."""
