@@ -81,7 +81,12 @@ def put_on(base: Base, settings: AdapterSection, seed: int) -> None:
         targets = UNET_TARGETS if name == "unet" else TEXT_TARGETS
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + offset)
-            config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets[settings.targets])
+            config = LoraConfig(
+                r=settings.rank,
+                lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType]  # a float is fine
+                target_modules=targets[settings.targets],
+                exclude_modules=base.family.unread_layers(name, module),
+            )
             module.add_adapter(config, adapter_name=ADAPTER)
         for parameter in trained_parameters(module):
             parameter.data = parameter.data.float()
@@ -106,8 +111,11 @@ def parts(base: Base, config: RunConfig) -> list[Part]:
     for name, module in trained_components(base, config.adapter).items():
         parameters = trained_parameters(module)
         if not parameters:
-            raise TrainingError(f"no layer of {name} matches the targets {config.adapter.targets!r}", "adapter.targets",
-                                "Choose other targets, or switch this part off.")
+            raise TrainingError(
+                f"no layer of {name} matches the targets {config.adapter.targets!r}",
+                "adapter.targets",
+                "Choose other targets, or switch this part off.",
+            )
         size = sum(parameter.numel() for parameter in parameters)
         found.append(Part(name, len(list(lora_modules(module))), size, learning_rate(config, name)))
     return found
@@ -157,8 +165,11 @@ def load_adapter_state(base: Base, state: dict[str, Tensor]) -> None:
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in live.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in state.items()}:
-        raise TrainingError("the saved adapter does not fit this base and configuration", "checkpoint",
-                            "Use the config.toml and the base that the run was started with.")
+        raise TrainingError(
+            "the saved adapter does not fit this base and configuration",
+            "checkpoint",
+            "Use the config.toml and the base that the run was started with.",
+        )
     for name, tensor in live.items():
         tensor.copy_(state[name])
 

@@ -61,8 +61,11 @@ def inspect_base(model: str) -> BaseInfo:
     if folder.is_dir():
         return _inspect_folder(model, folder)
     if folder.is_file():
-        raise BaseModelError(f"{model} is a single file, and this version loads diffusers folders", "base.model",
-                             "Convert it with diffusers: StableDiffusionPipeline.from_single_file(...).save_pretrained")
+        raise BaseModelError(
+            f"{model} is a single file, and this version loads diffusers folders",
+            "base.model",
+            "Convert it with diffusers: StableDiffusionPipeline.from_single_file(...).save_pretrained",
+        )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
         raise BaseModelError(f"{model} does not exist", "base.model", _ACCEPTED)
     return _inspect_hub(model)
@@ -70,8 +73,9 @@ def inspect_base(model: str) -> BaseInfo:
 
 def _inspect_folder(model: str, folder: Path) -> BaseInfo:
     if not (folder / "model_index.json").is_file():
-        raise BaseModelError(f"{folder} has no model_index.json, so it is not a diffusers folder", "base.model",
-                             _ACCEPTED)
+        raise BaseModelError(
+            f"{folder} has no model_index.json, so it is not a diffusers folder", "base.model", _ACCEPTED
+        )
     unet, vae, scheduler = (_read_json(folder / name) for name in _CONFIG_FILES)
     return _recognise(model, str(folder.resolve()), unet, vae, scheduler)
 
@@ -86,21 +90,32 @@ def _inspect_hub(model: str) -> BaseInfo:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise BaseModelError(f"{model} on the Hub is not a diffusers model", "base.model", _ACCEPTED) from error
         if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
-            raise BaseModelError(f"the Hub refuses {model}: {_first_line(error)}", "base.model",
-                                 "Check the name; for a gated model run: hf auth login") from error
-        raise BaseModelError(f"{model} is no folder here, and the Hugging Face Hub cannot be reached", "base.model",
-                             "Check the name and the connection, or give a folder.") from error
+            raise BaseModelError(
+                f"the Hub refuses {model}: {_first_line(error)}",
+                "base.model",
+                "Check the name; for a gated model run: hf auth login",
+            ) from error
+        raise BaseModelError(
+            f"{model} is no folder here, and the Hugging Face Hub cannot be reached",
+            "base.model",
+            "Check the name and the connection, or give a folder.",
+        ) from error
     return _recognise(model, model, *(_read_json(file) for file in files[1:]))
 
 
 _CONFIG_FILES = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 
 
-def _recognise(model: str, source: str, unet: dict[str, Any], vae: dict[str, Any], scheduler: dict[str, Any]) -> BaseInfo:
+def _recognise(
+    model: str, source: str, unet: dict[str, Any], vae: dict[str, Any], scheduler: dict[str, Any]
+) -> BaseInfo:
     """The family shows in the UNet: SDXL adds time ids, SD 2 projects linearly, SD 1 with 1x1 convolutions."""
     if unet.get("in_channels") != 4 or not unet.get("cross_attention_dim"):
-        raise BaseModelError(f"the UNet of {model} is not that of a text-to-image Stable Diffusion", "base.model",
-                             "Inpainting, depth and other special bases cannot be trained.")
+        raise BaseModelError(
+            f"the UNet of {model} is not that of a text-to-image Stable Diffusion",
+            "base.model",
+            "Inpainting, depth and other special bases cannot be trained.",
+        )
     family: FamilyName = "sd1"
     if unet.get("addition_embed_type") == "text_time":
         family = "sdxl"
@@ -108,8 +123,11 @@ def _recognise(model: str, source: str, unet: dict[str, Any], vae: dict[str, Any
         family = "sd2"
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
-        raise BaseModelError(f"the scheduler of {model} predicts {prediction!r}", "base.model",
-                             "Only epsilon and v_prediction bases can be trained.")
+        raise BaseModelError(
+            f"the scheduler of {model} predicts {prediction!r}",
+            "base.model",
+            "Only epsilon and v_prediction bases can be trained.",
+        )
     vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
     unet_factor = 2 ** (len(unet["block_out_channels"]) - 1)
     return BaseInfo(

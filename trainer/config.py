@@ -121,7 +121,7 @@ class SaveSection(Section):
     @classmethod
     def at_least_one(cls, keep: str | int) -> str | int:
         if isinstance(keep, int) and keep < 1:
-            raise ValueError("must be \"all\" or a number of at least 1")
+            raise ValueError('must be "all" or a number of at least 1')
         return keep
 
 
@@ -191,18 +191,25 @@ class RunConfig(Section):
     def _settings_without_effect(self) -> Iterator[Problem]:
         adapter, optimizer = self.adapter, self.optimizer
         if not (adapter.unet or adapter.text_encoder):
-            yield Problem("adapter.unet", "nothing is trained: adapter.text_encoder is off as well",
-                          "Set one of the two to true.")
+            yield Problem(
+                "adapter.unet", "nothing is trained: adapter.text_encoder is off as well", "Set one of the two to true."
+            )
         parts = (("unet", adapter.unet, "lr"), ("text_encoder", adapter.text_encoder, "text_encoder_lr"))
         for part, trained, key in parts:
             if trained and getattr(optimizer, key) == 0:
-                yield Problem(f"optimizer.{key}", f"is 0, so adapter.{part} would be trained without changing",
-                              f"Give a rate above 0, or set adapter.{part} = false.")
+                yield Problem(
+                    f"optimizer.{key}",
+                    f"is 0, so adapter.{part} would be trained without changing",
+                    f"Give a rate above 0, or set adapter.{part} = false.",
+                )
             elif not trained and key not in optimizer.model_fields_set:
                 setattr(optimizer, key, 0.0)
             elif not trained and getattr(optimizer, key) > 0:
-                yield Problem(f"optimizer.{key}", f"has no effect, because adapter.{part} is false",
-                              f"Remove it (or set it to 0), or set adapter.{part} = true.")
+                yield Problem(
+                    f"optimizer.{key}",
+                    f"has no effect, because adapter.{part} is false",
+                    f"Remove it (or set it to 0), or set adapter.{part} = true.",
+                )
 
 
 _NESTED_PROBLEMS = "several settings have no effect"

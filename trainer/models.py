@@ -49,6 +49,11 @@ class Family:
     pipeline_class: ClassVar[Any] = StableDiffusionPipeline
     text_encoder_classes: ClassVar[dict[str, Any]] = {"text_encoder": CLIPTextModel}
 
+    def unread_layers(self, component: str, module: nn.Module) -> str | None:
+        """A pattern of the layers whose output is never read, so that an adapter there could not learn; None: none."""
+        del component, module
+        return None
+
     def encode(self, text_encoders: Sequence[nn.Module], ids: Sequence[Tensor]) -> Conditions:
         """Token ids (batch, tokens), one tensor per text encoder, to conditions."""
         return Conditions(text_encoders[0](ids[0])[0])
@@ -70,6 +75,11 @@ class FamilyXL(Family):
         "text_encoder": CLIPTextModel,
         "text_encoder_2": CLIPTextModelWithProjection,
     }
+
+    def unread_layers(self, component: str, module: nn.Module) -> str | None:
+        """The first text encoder's last layer: only the layer before it is read."""
+        last = module.config.num_hidden_layers - 1
+        return rf".*encoder\.layers\.{last}\..*" if component == "text_encoder" else None
 
     def encode(self, text_encoders: Sequence[nn.Module], ids: Sequence[Tensor]) -> Conditions:
         outputs = [encoder(i, output_hidden_states=True) for encoder, i in zip(text_encoders, ids, strict=True)]
@@ -206,8 +216,11 @@ def _load_pipeline(info: BaseInfo, dtype: torch.dtype) -> Any:
         return pipeline_class.from_pretrained(info.source, torch_dtype=dtype, use_safetensors=True, **extra)
     except (OSError, ValueError, RuntimeError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BaseModelError(f"the weights of {info.model} cannot be loaded: {first_line}", "base.model",
-                             "The folder needs model_index.json and .safetensors weights of every component.") from error
+        raise BaseModelError(
+            f"the weights of {info.model} cannot be loaded: {first_line}",
+            "base.model",
+            "The folder needs model_index.json and .safetensors weights of every component.",
+        ) from error
 
 
 def _random_pipeline(info: BaseInfo) -> Any:

@@ -1,0 +1,81 @@
+"""`TrainState`: everything that is needed to continue as if nothing had happened.
+
+Order, noise, time-steps and caption dropout are functions of (seed, step), so no random generator has to be stored.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import RunError
+from .files import atomic_folder
+from .jobs import RunFolder
+
+VERSION = 1
+
+
+@dataclass
+class TrainState:
+    """Where a run stands."""
+
+    step: int = 0
+    images: int = 0
+    """Images seen."""
+    dataset: str = ""
+    """Fingerprint of what is trained on; another one is refused at resume."""
+    base: str = ""
+    """Fingerprint of the base's UNet."""
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read from disk."""
+
+    state: TrainState
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    """The optimizer's state, and that of the gradient scaler where there is one."""
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint; the folder appears by rename, so it is whole or absent."""
+    with atomic_folder(folder) as temporary:
+        save_file(checkpoint.adapter, temporary / "adapter.safetensors")
+        torch.save(checkpoint.optimizer, temporary / "optimizer.pt")
+        (temporary / "state.json").write_text(json.dumps(asdict(checkpoint.state), indent=2) + "\n", encoding="utf-8")
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint; nothing in it is ever executed.
+
+    Raises:
+        RunError: if it is incomplete or damaged.
+    """
+    try:
+        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = TrainState(**{f.name: values[f.name] for f in fields(TrainState)})
+        adapter = load_file(folder / "adapter.safetensors")
+        optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise RunError(
+            f"cannot be read ({error})", str(folder), "Remove this folder; an earlier one is then used."
+        ) from error
+    return Checkpoint(state, adapter, optimizer)
+
+
+def prune_checkpoints(run: RunFolder, keep: str | int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    if isinstance(keep, int):
+        for step in run.saved_steps()[:-keep]:
+            shutil.rmtree(run.checkpoint(step))

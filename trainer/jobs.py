@@ -1,0 +1,232 @@
+"""Run folders: create, find, describe, stop. The folder is the single source of truth; a status is never a lie."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from .config import RunConfig, read_config, write_config
+from .errors import RunError
+from .events import Checkpointed, Done, Event, Failed, PlanMade, Step, Stopped, read_events
+from .files import atomic_folder, write_text
+
+State = Literal["running", "done", "stopped", "failed", "interrupted", "new"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run stands."""
+
+    state: State
+    step: int
+    """The last step that was taken."""
+    steps: int
+    """The number of steps that were planned; 0 if that is not known yet."""
+    saved_step: int
+    """The last step with a checkpoint."""
+    message: str = ""
+
+    @property
+    def sentence(self) -> str:
+        match self.state:
+            case "running":
+                return f"training, step {self.step} of {self.steps}" if self.steps else "preparing"
+            case "done":
+                return f"done, {self.step} steps"
+            case "stopped":
+                return f"stopped and saved at step {self.saved_step} of {self.steps}"
+            case "failed":
+                return f"failed at step {self.step}: {self.message}"
+            case "interrupted":
+                return f"interrupted at step {self.step} of {self.steps}, saved up to step {self.saved_step}"
+            case "new":
+                return "not started"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`runs/<name>/` and the names of what is in it."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def exports(self) -> Path:
+        return self.path / "exports"
+
+    @property
+    def stop_file(self) -> Path:
+        return self.path / "stop"
+
+    @property
+    def owner_file(self) -> Path:
+        """Which process trains this run."""
+        return self.path / "trainer.json"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:06d}"
+
+    def samples(self, step: int) -> Path:
+        return self.path / "samples" / f"step-{step:06d}"
+
+    def saved_steps(self) -> list[int]:
+        """Steps that have a checkpoint, rising."""
+        folders = self.checkpoints.glob("step-*") if self.checkpoints.is_dir() else []
+        return sorted(int(folder.name.removeprefix("step-")) for folder in folders)
+
+    def read_config(self) -> RunConfig:
+        return read_config(self.config)
+
+    def status(self) -> Status:
+        """Read from the events; a run without a last word is `running` only while its process lives."""
+        step = steps = saved = 0
+        last: Event | None = None
+        for record in read_events(self.events):
+            match record.event:
+                case PlanMade(steps=planned):
+                    steps = planned
+                case Step(step=number):
+                    step = number
+                case Checkpointed(step=number):
+                    saved = number
+            last = record.event
+        match last:
+            case Done():
+                return Status("done", last.step, steps, saved)
+            case Stopped():
+                return Status("stopped", last.step, steps, saved)
+            case Failed():
+                return Status("failed", step, steps, saved, last.message)
+        if self.owner_alive():
+            return Status("running", step, steps, saved)
+        return Status("interrupted" if last else "new", step, steps, saved)
+
+    def owner_alive(self) -> bool:
+        """Whether the process that wrote `trainer.json` still runs on this computer."""
+        try:
+            owner = json.loads(self.owner_file.read_text(encoding="utf-8"))
+            return abs(psutil.Process(owner["pid"]).create_time() - owner["created"]) < 2
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+            return False
+
+    def take_ownership(self) -> None:
+        """Say that this process trains the run.
+
+        Raises:
+            RunError: if another living process does.
+        """
+        if self.owner_alive():
+            raise RunError(
+                "another process is training this run", str(self.path), f"Stop it with: lorasmith stop {self.path}"
+            )
+        me = psutil.Process(os.getpid())
+        write_text(self.owner_file, json.dumps({"pid": me.pid, "created": me.create_time()}) + "\n")
+        self.stop_file.unlink(missing_ok=True)
+
+    def give_up_ownership(self) -> None:
+        self.owner_file.unlink(missing_ok=True)
+
+    def ask_to_stop(self) -> None:
+        """Create the `stop` file; the trainer saves and ends after its current step.
+
+        Raises:
+            RunError: if nothing is training the run.
+        """
+        if not self.owner_alive():
+            raise RunError(
+                f"is not being trained ({self.status().sentence})", str(self.path), "There is nothing to stop."
+            )
+        self.stop_file.touch()
+
+
+def check_name_is_free(config: RunConfig) -> Path:
+    """The path the run folder will have.
+
+    Raises:
+        RunError: if the name is in use, or the folder cannot be written.
+    """
+    path = (Path(config.runs).expanduser() / config.name).absolute()
+    if path.exists():
+        described = RunFolder(path).status().sentence if (path / "config.toml").exists() else "it is not a run"
+        raise RunError(
+            f"the name {config.name!r} is in use ({described})",
+            str(path),
+            "Choose another name (--set name=...), or continue it with: lorasmith resume " + str(path),
+        )
+    parent = next(folder for folder in (path.parent, *path.parent.parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        what = "cannot be written" if parent.is_dir() else "is a file, not a folder"
+        raise RunError(f"{parent} {what}", "runs", "Set runs to a folder you may write to (--set runs=...).")
+    return path
+
+
+def create_run(config: RunConfig) -> RunFolder:
+    """Make the run folder with its complete `config.toml`; it appears whole, or not at all.
+
+    Raises:
+        RunError: if the name is in use, or the folder cannot be written.
+    """
+    path = check_name_is_free(config)
+    try:
+        with atomic_folder(path) as temporary:
+            write_config(config, temporary / "config.toml")
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written ({error.strerror})",
+            "runs",
+            "Set runs to a folder you may write to (--set runs=...).",
+        ) from error
+    return RunFolder(path)
+
+
+def open_run(path: Path) -> RunFolder:
+    """A run by its folder, or by its name under `runs/`.
+
+    Raises:
+        RunError: if it is no run folder.
+    """
+    for candidate in (path, Path("runs") / path):
+        if (candidate / "config.toml").is_file():
+            return RunFolder(candidate.absolute())
+    raise RunError("is not a run folder (it has no config.toml)", str(path), "See the runs with: lorasmith runs")
+
+
+def find_runs(folder: Path) -> Iterator[RunFolder]:
+    """All runs in a folder, newest first."""
+    configs = folder.glob("*/config.toml") if folder.is_dir() else []
+    for config in sorted(configs, key=lambda file: file.stat().st_mtime, reverse=True):
+        yield RunFolder(config.parent.absolute())
+
+
+def start_detached(arguments: list[str]) -> subprocess.Popen[bytes]:
+    """Run a `lorasmith` command in a process of its own, which outlives this one."""
+    command = [sys.executable, "-m", "lorasmith.trainer.cli", *arguments]
+    options: dict = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    if os.name == "nt":
+        options["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        options["start_new_session"] = True
+    return subprocess.Popen(command, **options)

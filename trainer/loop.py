@@ -1,0 +1,322 @@
+"""The training loop, at three zoom levels: `train`, `train_step`, `loss`.
+
+It turns a `Plan` into trained adapters on a live base, and tells what happens as events. It knows no user interface and
+no export format. What is random in a step depends on (seed, step) alone, so a resumed run equals an unbroken one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..datasets.cache import LatentCache, TextCache
+from ..datasets.dataset import Example
+from .adapter import adapter_state, load_adapter_state, parameter_groups, parts, put_on, strength
+from .checkpoint import Checkpoint, TrainState, prune_checkpoints, save_checkpoint
+from .config import Precision
+from .errors import RunError, TrainingError
+from .events import Checkpointed, Event, Phase, PlanMade, Sampled, Step, Warned
+from .jobs import RunFolder
+from .models import Base, Conditions, fingerprint, load_base
+from .noise import (
+    add_noise,
+    derive_seed,
+    min_snr_weight,
+    sample_noise,
+    sample_posterior,
+    sample_timesteps,
+    target_of,
+    weighted_mse,
+)
+from .optim import make_optimizer, schedule_factor, set_learning_rates
+from .plan import Plan
+from .sample import Recipe, draw, save_previews
+
+Emit = Callable[[Event], None]
+Outcome = Literal["finished", "stopped"]
+MixedPrecision = Literal["no", "fp16", "bf16"]
+
+DTYPES: dict[MixedPrecision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Denoiser(nn.Module):
+    """UNet and, where they are trained, text encoders as one module, so that accelerate wraps and synchronises one."""
+
+    def __init__(self, base: Base, text_encoders_train: bool) -> None:
+        super().__init__()
+        self.family = base.family
+        self.unet = base.unet
+        self.text_encoders = nn.ModuleList(base.text_encoders.values() if text_encoders_train else [])
+
+    def forward(self, noisy: Tensor, t: Tensor, text: list[Tensor] | Conditions, sizes: Tensor) -> Tensor:
+        """Prediction (batch, 4, h, w); `text` holds token ids if text encoders are trained, conditions if not."""
+        conditions = text if isinstance(text, Conditions) else self.family.encode(list(self.text_encoders), text)
+        return self.family.predict(self.unet, noisy, t, conditions, sizes)
+
+
+class Trainer:
+    """One run: its base, adapters, optimizer and state."""
+
+    def __init__(self, plan: Plan, run: RunFolder, emit: Emit, checkpoint: Checkpoint | None = None) -> None:
+        self.plan, self.config, self.run, self.emit = plan, plan.config, run, emit
+        precision = mixed_precision(self.config.runtime.precision)
+        self.accelerator = Accelerator(
+            mixed_precision=precision, gradient_accumulation_steps=self.config.budget.accumulate
+        )
+        emit(Phase("loading the base"))
+        self.base = load_base(plan.base, DTYPES[precision], self.accelerator.device)
+        self._warn_of_cut_captions()
+        self._fill_caches()
+        self._put_on_adapters(checkpoint)
+        self.alphas_cumprod: Tensor = self.base.scheduler.alphas_cumprod.float()
+
+    # -- level 1: the run ---------------------------------------------------------------------------------------------
+
+    def train(self, should_stop: Callable[[], bool]) -> Outcome:
+        """Train until the budget is spent or someone asks to stop; either way the state is saved.
+
+        Raises:
+            TrainingError: if the loss is not finite; the last checkpoint stands.
+        """
+        if self.state.step == 0:
+            self._sample()
+
+        steps = islice(self.plan.order.steps(self.plan.batches_per_step), self.state.step, self.plan.steps)
+        for batches in steps:
+            self._report(*self.train_step(batches))
+
+            # once in a while: preview, then save
+            last = self.state.step == self.plan.steps
+            if last or is_due(self.state.step, self.config.sample.every):
+                self._sample()
+            if last or is_due(self.state.step, self.config.save.every):
+                self._save()
+
+            # someone wants to stop: keep the work
+            if not last and self._agree(should_stop()):
+                if self.state.step not in self.run.saved_steps():
+                    self._save()
+                return "stopped"
+        return "finished"
+
+    # -- level 2: one optimizer step ----------------------------------------------------------------------------------
+
+    def train_step(self, batches: list[list[int]]) -> tuple[Tensor, Tensor, list[float], float]:
+        """One change of the weights from all images of `batches`, each image counting the same.
+
+        Returns the mean loss, the norm of the gradients before clipping, the learning rates, and the seconds it took.
+        """
+        started = time.perf_counter()
+        step, images = self.state.step, sum(len(batch) for batch in batches)
+        optimizer, max_norm = self.config.optimizer, self.config.optimizer.max_grad_norm or math.inf
+        factor = schedule_factor(optimizer.schedule, step, self.plan.steps, optimizer.warmup)
+        rates = set_learning_rates(self.optimizer, self.base_rates, factor)
+
+        total, norm = torch.zeros((), device=self.accelerator.device), torch.zeros(())
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        for number in range(rank, len(batches), processes):
+            with self.accelerator.accumulate(self.denoiser):
+                losses = self.loss(batches[number], derive_seed(self.config.seed, step, number))
+                # accelerate takes the mean over accumulated batches and over processes: undo it, and divide by images
+                self.accelerator.backward(losses.sum() * len(batches) / images)
+                total += losses.detach().sum()
+                if self.accelerator.sync_gradients:
+                    loss = self._finite(self.accelerator.reduce(total) / images, batches)
+                    norm = self.accelerator.clip_grad_norm_(self.trained, max_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+
+        self.state.step += 1
+        self.state.images += images
+        return loss, norm, rates, time.perf_counter() - started
+
+    # -- level 3: the loss of one batch -------------------------------------------------------------------------------
+
+    def loss(self, indices: list[int], seed: int) -> Tensor:
+        """The weighted loss of each image of a batch, (batch,)."""
+        examples = [self.plan.examples[index] for index in indices]
+        generator = torch.Generator().manual_seed(seed)
+        prediction, objective = self.plan.prediction, self.config.objective
+
+        x0 = sample_posterior(*self.latents.read(examples), self.base.vae.config.scaling_factor, generator)
+        eps = sample_noise(x0, objective.noise_offset, generator)
+        t = sample_timesteps(len(x0), len(self.alphas_cumprod), generator)
+        noisy = add_noise(x0, eps, t, self.alphas_cumprod)
+        target = target_of(prediction, x0, eps, t, self.alphas_cumprod)
+        weight = min_snr_weight(prediction, t, self.alphas_cumprod, objective.min_snr_gamma)
+        text = self._text(drop_captions(examples, generator))
+        sizes = torch.tensor([example.sizes for example in examples])
+
+        device, dtype = self.accelerator.device, self.base.dtype
+        predicted = self.denoiser(noisy.to(device, dtype), t.to(device), text, sizes.to(device, dtype))
+        return weighted_mse(predicted, target.to(device), weight.to(device))
+
+    # -- preparation --------------------------------------------------------------------------------------------------
+
+    def _warn_of_cut_captions(self) -> None:
+        cut = [example.name for example in self.plan.examples if self.base.is_cut(example.caption)]
+        if cut:
+            limit = self.base.tokenizers[0].model_max_length - 2
+            self.emit(
+                Warned(
+                    f"the captions of {len(cut)} images are longer than {limit} tokens and are cut there: "
+                    + ", ".join(cut[:3])
+                    + (" ..." if len(cut) > 3 else "")
+                )
+            )
+
+    def _fill_caches(self) -> None:
+        """Encode images, and captions if the text encoders stay frozen; one process does it, the others wait."""
+        self.latents = LatentCache(self.plan.cache, self.base.vae_fingerprint)
+        self.text = TextCache(self.plan.cache, self.base.text_fingerprint)
+        with self.accelerator.main_process_first():
+            self.latents.fill(self.base, self.plan.examples, self._progress("encoding images"))
+            if not self.config.adapter.text_encoder:
+                captions = ["", *(example.caption for example in self.plan.examples)]
+                self.text.fill(self.base, captions, self._progress("encoding captions"))
+
+    def _progress(self, name: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.emit(Phase(name, done, total))
+
+    def _put_on_adapters(self, checkpoint: Checkpoint | None) -> None:
+        config, base = self.config, self.base
+        base_fingerprint = fingerprint(base.unet)
+        put_on(base, config.adapter, config.seed)
+        if config.runtime.attention == "xformers":
+            base.unet.enable_xformers_memory_efficient_attention()
+        if config.runtime.gradient_checkpointing:
+            for module in base.components.values():
+                enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
+                enable()
+                module.train()  # both libraries recompute only in training mode; neither has dropout here
+
+        groups = parameter_groups(base, config)
+        self.base_rates: list[float] = [group["lr"] for group in groups]
+        self.trained = [parameter for group in groups for parameter in group["params"]]
+        self.denoiser, self.optimizer = self.accelerator.prepare(
+            Denoiser(base, config.adapter.text_encoder), make_optimizer(config.optimizer, groups)
+        )
+        self.state = TrainState(dataset=self.plan.dataset_fingerprint, base=base_fingerprint)
+        if checkpoint:
+            self._restore(checkpoint)
+        self.emit(
+            PlanMade(self.plan.steps, self.plan.images, self.plan.facts(), [asdict(p) for p in parts(base, config)])
+        )
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        for what, then, now in (
+            ("images or captions", checkpoint.state.dataset, self.state.dataset),
+            ("base model", checkpoint.state.base, self.state.base),
+        ):
+            if then != now:
+                raise RunError(
+                    f"the {what} have changed since the run was saved",
+                    str(self.run.path),
+                    "Put them back as they were, or start a new run.",
+                )
+        load_adapter_state(self.base, checkpoint.adapter)
+        self.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+        if self.accelerator.scaler is not None and "scaler" in checkpoint.optimizer:
+            self.accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
+        self.state = checkpoint.state
+
+    # -- details ------------------------------------------------------------------------------------------------------
+
+    def _text(self, captions: list[str]) -> list[Tensor] | Conditions:
+        """Token ids for text encoders that are trained, cached conditions for frozen ones."""
+        if self.config.adapter.text_encoder:
+            return [ids.to(self.accelerator.device) for ids in self.base.tokenize(captions)]
+        return self.text.read(captions).to(self.accelerator.device, self.base.dtype)
+
+    def _finite(self, loss: Tensor, batches: list[list[int]]) -> Tensor:
+        """The loss, if it is a number.
+
+        Raises:
+            TrainingError: naming the files of the step.
+        """
+        if not loss.isfinite():
+            files = ", ".join(self.plan.examples[index].name for batch in batches for index in batch)
+            raise TrainingError(
+                f"the loss of step {self.state.step + 1} is {loss.item()}; its images: {files}",
+                str(self.run.path),
+                "The last checkpoint stands. Lower optimizer.lr, or use bf16 or fp32.",
+            )
+        return loss
+
+    def _report(self, loss: Tensor, norm: Tensor, rates: list[float], seconds: float) -> None:
+        names = [group["name"] for group in self.optimizer.param_groups]
+        self.emit(
+            Step(
+                step=self.state.step,
+                images=self.state.images,
+                loss=round(loss.item(), 6),
+                grad_norm=round(float(norm), 6),
+                lr=dict(zip(names, rates, strict=True)),
+                seconds=round(seconds, 4),
+            )
+        )
+
+    def _sample(self) -> None:
+        """Draw the previews; at step 0 they are the untouched base's."""
+        settings, step = self.config.sample, self.state.step
+        if not settings.every:
+            return
+        if self.accelerator.is_main_process:
+            self.emit(Phase("drawing previews"))
+            recipe = Recipe.of(settings, self.plan.base.resolution)
+            with strength(self.base, 0) if step == 0 else nullcontext():
+                pictures = draw(self.base, settings.prompts, recipe)
+            lora = f"{self.config.name} step {step}" if step else "none"
+            save_previews(self.run.samples(step), pictures, settings.prompts, recipe, self.plan.base.short_name, lora)
+            self.emit(Sampled(step, f"samples/step-{step:06d}", settings.prompts))
+        self.accelerator.wait_for_everyone()
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            optimizer: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
+            if self.accelerator.scaler is not None:
+                optimizer["scaler"] = self.accelerator.scaler.state_dict()
+            folder = self.run.checkpoint(self.state.step)
+            save_checkpoint(folder, Checkpoint(self.state, adapter_state(self.base), optimizer))
+            prune_checkpoints(self.run, self.config.save.keep)
+            self.emit(Checkpointed(self.state.step, f"checkpoints/{folder.name}"))
+        self.accelerator.wait_for_everyone()
+
+    def _agree(self, stop: bool) -> bool:
+        """Whether any process was asked to stop; all must act alike."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        votes = torch.tensor(float(stop), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(votes).item())
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens each `every` steps happens now; 0 is never."""
+    return every > 0 and step % every == 0
+
+
+def drop_captions(examples: list[Example], generator: torch.Generator) -> list[str]:
+    """Captions, some replaced by the empty one: classifier-free guidance needs an unconditional model (Ho 2022)."""
+    draws = torch.rand(len(examples), generator=generator).tolist()
+    return [
+        "" if draw < example.source.caption_dropout else example.caption
+        for example, draw in zip(examples, draws, strict=True)
+    ]
+
+
+def mixed_precision(setting: Precision) -> MixedPrecision:
+    """The precision of base and activations on this computer."""
+    if setting != "auto":
+        return "no" if setting == "fp32" else setting
+    if not torch.cuda.is_available():
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"

@@ -1,0 +1,146 @@
+"""Previews: the same prompts and seeds at every step; pictures that say in their text chunk how they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from .config import SampleSection
+from .files import atomic_folder
+from .models import Base
+
+_PIXELS_AT_ONCE = 64 * 64 * 64
+"""Small pictures are drawn together, large ones one by one."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How pictures are drawn, apart from their prompts."""
+
+    negative_prompt: str
+    seed: int
+    steps: int
+    guidance: float
+    size: int
+    """Side of the square picture, in pixels."""
+
+    @classmethod
+    def of(cls, settings: SampleSection, size: int) -> Recipe:
+        return cls(settings.negative_prompt, settings.seed, settings.steps, settings.guidance, size)
+
+
+def draw(base: Base, prompts: Sequence[str], recipe: Recipe) -> list[Image.Image]:
+    """One picture for each prompt, with DDIM (Song et al. 2021); picture i has the seed `recipe.seed + i`."""
+    at_once = max(1, _PIXELS_AT_ONCE // recipe.size**2)
+    pictures: list[Image.Image] = []
+    for start in range(0, len(prompts), at_once):
+        seeds = range(recipe.seed + start, recipe.seed + min(start + at_once, len(prompts)))
+        pictures += _draw_together(base, prompts[start : start + at_once], seeds, recipe)
+    return pictures
+
+
+@torch.no_grad()
+def _draw_together(base: Base, prompts: Sequence[str], seeds: Sequence[int], recipe: Recipe) -> list[Image.Image]:
+    with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
+        latents = base.pipeline()(
+            prompt=list(prompts),
+            negative_prompt=[recipe.negative_prompt] * len(prompts),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=recipe.steps,
+            guidance_scale=recipe.guidance,
+            height=recipe.size,
+            width=recipe.size,
+            output_type="latent",
+        ).images
+    pixels = base.vae.decode(latents.float() / base.vae.config.scaling_factor).sample
+    pixels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def save_previews(
+    folder: Path, pictures: Sequence[Image.Image], prompts: Sequence[str], recipe: Recipe, model: str, lora: str
+) -> None:
+    """Write `00.png`, `01.png`, ...; the folder appears whole or not at all."""
+    with atomic_folder(folder) as temporary:
+        for number, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
+            text = preview_text(prompt, recipe, recipe.seed + number, model, lora)
+            picture.save(temporary / f"{number:02d}.png", pnginfo=text)
+
+
+def preview_text(prompt: str, recipe: Recipe, seed: int, model: str, lora: str) -> PngInfo:
+    """The PNG's text: each value by its name, and `parameters` in the form that A1111 reads."""
+    values = {
+        "prompt": prompt,
+        "negative_prompt": recipe.negative_prompt,
+        "seed": str(seed),
+        "steps": str(recipe.steps),
+        "sampler": "DDIM",
+        "guidance": str(recipe.guidance),
+        "size": f"{recipe.size}x{recipe.size}",
+        "model": model,
+        "lora": lora,
+    }
+    values["parameters"] = (
+        f"{prompt}\nNegative prompt: {recipe.negative_prompt}\n"
+        f"Steps: {recipe.steps}, Sampler: DDIM, CFG scale: {recipe.guidance}, Seed: {seed}, "
+        f"Size: {recipe.size}x{recipe.size}, Model: {model}, Lora: {lora}"
+    )
+    info = PngInfo()
+    for name, value in values.items():
+        info.add_itxt(name, value)
+    return info
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the before/after grid
+
+
+_MARGIN, _LABEL, _TITLE = 12, 30, 64
+_INK, _GREY, _GROUND = "#1d1d1f", "#6e6e73", "#ffffff"
+
+
+def before_after_grid(
+    before: Sequence[Image.Image],
+    after: Sequence[Image.Image],
+    labels: Sequence[str],
+    title: str,
+    columns: int = 4,
+    side: int = 128,
+) -> Image.Image:
+    """Pairs of pictures, base on the left and LoRA on the right, each pair with its label; `side` in pixels."""
+    rows = -(-len(labels) // columns)
+    pair, high = 2 * side + 2, side + _LABEL
+    width = columns * pair + (columns + 1) * _MARGIN
+    grid = Image.new("RGB", (width, _TITLE + rows * (high + _MARGIN)), _GROUND)
+    pen = ImageDraw.Draw(grid)
+    pen.text((_MARGIN, 10), title, _INK, font=ImageFont.load_default(20))
+    pen.text(
+        (_MARGIN, 38),
+        "In each pair: left without, right with the LoRA; same prompt, same seed.",
+        _GREY,
+        font=ImageFont.load_default(14),
+    )
+    for index, label in enumerate(labels):
+        left = _MARGIN + index % columns * (pair + _MARGIN)
+        top = _TITLE + index // columns * (high + _MARGIN)
+        for offset, picture in ((0, before[index]), (side + 2, after[index])):
+            grid.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (left + offset, top))
+        font = ImageFont.load_default(13)
+        pen.text((left + pair / 2, top + side + 6), _shortened(label, pair, font), _INK, font=font, anchor="ma")
+    return grid
+
+
+def _shortened(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The text, with its end replaced by an ellipsis if it would be wider than `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    return next(short for short in _ever_shorter(text) if font.getlength(short) <= width)
+
+
+def _ever_shorter(text: str) -> Iterator[str]:
+    yield from (text[:end].rstrip() + "..." for end in range(len(text), -1, -1))
