@@ -1,4 +1,4 @@
-"""A folder of images to a list of items: captions, repeats, sizes, and what was done to each. Nothing is skipped silently.
+"""A folder of images to a list of items: caption, repeats, size, and what was done to each. Nothing is skipped silently.
 
 Captions come from `<image>.txt` or `<image>.caption` beside an image, from Hugging Face's `metadata.jsonl`
 (`file_name` and `text`), or, for kohya's `10_name` folders, from the folder's name.
@@ -59,7 +59,7 @@ def scan(folder: Path) -> list[Item]:
         found = Counter(file.suffix.lower() or "no suffix" for file in files)
         seen = ", ".join(f"{count} x {suffix}" for suffix, count in found.most_common(5)) or "it is empty"
         raise DataError(f"holds no images ({seen})", str(folder), f"Known are {', '.join(sorted(IMAGE_SUFFIXES))}.")
-    captions, problems = _read_captions(folder, files, images)
+    captions, problems = _read_captions(files, images)
     items = []
     for image in images:
         try:
@@ -112,9 +112,7 @@ def _kohya_folder(folder: Path, image: Path) -> tuple[int, str]:
 # captions
 
 
-def _read_captions(
-    folder: Path, files: list[Path], images: list[Path]
-) -> tuple[dict[Path, tuple[str, str]], list[Problem]]:
+def _read_captions(files: list[Path], images: list[Path]) -> tuple[dict[Path, tuple[str, str]], list[Problem]]:
     """Captions by image as (text, source), and everything that would have been ignored."""
     captions: dict[Path, tuple[str, str]] = {}
     problems: list[Problem] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -33,7 +34,7 @@ class BaseSection(Section):
     """The model that is fine-tuned."""
 
     model: str = Field(default="pocket", min_length=1)
-    """A Hugging Face Hub id, a diffusers folder, `pocket` (embedded), or `random:sd15`, `random:sd21`, `random:sdxl`."""
+    """A Hub id, a diffusers folder, `pocket` (embedded), or `random:sd15`, `random:sd21`, `random:sdxl` (for tests)."""
 
 
 class DataSection(Section):
@@ -278,7 +279,7 @@ def set_value(values: dict[str, Any], override: str) -> None:
     if keys[0] == "data" and len(keys) == 2:
         keys.insert(1, "0")
     table: Any = values
-    for key, following in zip(keys, keys[1:], strict=False):
+    for key, following in pairwise(keys):
         if isinstance(table, list):
             table = _list_entry(table, key, override)
         else:

@@ -22,9 +22,7 @@ _PREFIXES: dict[FamilyName, dict[str, str]] = {
     "sdxl": {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
 }
 
-_TRANSFORMER = (
-    r"proj_in|proj_out|transformer_blocks\.\d+\.(?:attn[12]\.to_(?:q|k|v|out\.0)|ff\.net\.(?:0\.proj|2))"
-)
+_TRANSFORMER = r"proj_in|proj_out|transformer_blocks\.\d+\.(?:attn[12]\.to_(?:q|k|v|out\.0)|ff\.net\.(?:0\.proj|2))"
 _UNET_PATH = re.compile(
     r"(?:(?P<side>down|up)_blocks\.(?P<block>\d+)|mid_block)\."
     rf"(?:attentions\.(?P<attention>\d+)\.(?P<transformer>{_TRANSFORMER})"
@@ -39,8 +37,8 @@ _SGM_RESNET = {
     "conv_shortcut": "skip_connection",
 }
 
-# The grammars that whole keys of a file on disk are held against. They are written out on their own, so that a slip in
-# the names above shows. `.` parts the name of a layer from its leaf, so a kohya name holds no other `.`.
+# The grammars that whole keys of a file on disk are held against. kohya's are written out on their own, so that a slip
+# in the names above shows. A client parts layer and leaf at the first `.`, so a kohya name holds no other.
 _T = r"(?:self_attn_(?:q|k|v|out)_proj|mlp_fc[12])"
 _A = r"(?:proj_in|proj_out|transformer_blocks_\d+_(?:attn[12]_to_(?:q|k|v|out_0)|ff_net_(?:0_proj|2)))"
 _R = r"(?:conv1|conv2|conv_shortcut|time_emb_proj)"
@@ -56,9 +54,7 @@ _SGM_UNET = (
 _KOHYA_LEAF = r"\.(?:lora_(?:down|up)\.weight|alpha)"
 _DIFFUSERS_LEAF = r"\.lora_[AB]\.weight"
 _GRAMMARS: dict[tuple[Format, bool], re.Pattern[str]] = {
-    ("kohya", False): re.compile(
-        rf"(?:lora_unet_{_SD_UNET}|lora_te_text_model_encoder_layers_\d+_{_T}){_KOHYA_LEAF}"
-    ),
+    ("kohya", False): re.compile(rf"(?:lora_unet_{_SD_UNET}|lora_te_text_model_encoder_layers_\d+_{_T}){_KOHYA_LEAF}"),
     ("kohya", True): re.compile(
         rf"(?:lora_unet_{_SGM_UNET}|lora_te[12]_text_model_encoder_layers_\d+_{_T}){_KOHYA_LEAF}"
     ),
@@ -147,7 +143,11 @@ def _sgm_path(path: str, layers_per_block: int) -> str:
     group = match.groupdict()
     down, block, stride = group["side"] == "down", int(group["block"] or 0), layers_per_block + 1
     if group["sampler"]:
-        return f"input_blocks.{stride * (block + 1)}.0.op" if down else f"output_blocks.{stride * block + stride - 1}.2.conv"
+        return (
+            f"input_blocks.{stride * (block + 1)}.0.op"
+            if down
+            else f"output_blocks.{stride * block + stride - 1}.2.conv"
+        )
     index = int(group["attention"] or group["resnet"] or 0)
     if group["side"] is None:
         part = 1 if group["attention"] else 2 * index

@@ -121,14 +121,14 @@ class Trainer:
         factor = schedule_factor(optimizer.schedule, step, self.plan.steps, optimizer.warmup)
         rates = set_learning_rates(self.optimizer, self.base_rates, factor)
 
-        total, norm = torch.zeros((), device=self.accelerator.device), torch.zeros(())
+        total = loss = norm = torch.zeros((), device=self.accelerator.device)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         for number in range(rank, len(batches), processes):
             with self.accelerator.accumulate(self.denoiser):
                 losses = self.loss(batches[number], derive_seed(self.config.seed, step, number))
                 # accelerate takes the mean over accumulated batches and over processes: undo it, and divide by images
                 self.accelerator.backward(losses.sum() * len(batches) / images)
-                total += losses.detach().sum()
+                total = total + losses.detach().sum()
                 if self.accelerator.sync_gradients:
                     loss = self._finite(self.accelerator.reduce(total) / images, batches)
                     norm = self.accelerator.clip_grad_norm_(self.trained, max_norm)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -213,7 +212,7 @@ def _load_pipeline(info: BaseInfo, dtype: torch.dtype) -> Any:
     extra = {} if info.family == "sdxl" else {"safety_checker": None, "requires_safety_checker": False}
     pipeline_class = FAMILIES[info.family].pipeline_class
     try:
-        return pipeline_class.from_pretrained(info.source, torch_dtype=dtype, use_safetensors=True, **extra)
+        return pipeline_class.from_pretrained(info.source, dtype=dtype, use_safetensors=True, **extra)
     except (OSError, ValueError, RuntimeError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BaseModelError(
@@ -242,11 +241,9 @@ def _random_pipeline(info: BaseInfo) -> Any:
 
 
 def _quiet_libraries() -> None:
-    """Keep other libraries' bars and advice out of our output; errors still show."""
+    """Keep other libraries' bars out of our output."""
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 
     for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
         library.disable_progress_bar()
-    logging.getLogger("xformers").setLevel(logging.ERROR)

@@ -103,10 +103,10 @@ class Plan:
             )
         enlarged = [example for example in self.examples if example.fit.enlargement > _MUCH_ENLARGED]
         if enlarged:
-            yield f"{_images(len(enlarged))} will be enlarged more than {_MUCH_ENLARGED} times and become soft: {_names(enlarged)}."
+            yield f"{_images(len(enlarged))} will be enlarged over {_MUCH_ENLARGED} times and be soft: {_names(enlarged)}."
         cropped = [example for example in self.examples if example.fit.cropped_share > _MUCH_CROPPED]
         if cropped:
-            yield f"{_images(len(cropped))} will lose more than {_MUCH_CROPPED:.0%} of their pixels to the crop: {_names(cropped)}."
+            yield f"{_images(len(cropped))} will lose over {_MUCH_CROPPED:.0%} of their area to the crop: {_names(cropped)}."
         seen: dict[str, Example] = {}
         for example in self.examples:
             if example.item.sha256 in seen:

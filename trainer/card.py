@@ -1,0 +1,117 @@
+"""What stands beside a LoRA file: a model card for the Hub, a sidecar for A1111, Forge and InvokeAI, a picture."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from .bases import FAMILY_TITLES, BaseInfo, FamilyName
+from .files import atomic_file, write_text
+from .metadata import Facts, flat, iso_date, last_part, license_of, usage_hint
+
+_SIDECAR_VERSIONS: dict[FamilyName, str] = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
+
+
+def write_beside(file: Path, facts: Facts, info: BaseInfo) -> list[Path]:
+    """Write `<name>.md`, `<name>.json` and, if there is a picture, `<name>.png`; returns their paths."""
+    stem = file.name.removesuffix(".safetensors")
+    card, sidecar, picture = (file.with_name(stem + ending) for ending in (".md", ".json", ".png"))
+    write_text(card, model_card(facts, info, file.name, picture.name if facts.picture else None))
+    write_text(sidecar, json.dumps(sidecar_of(facts, info), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    if facts.picture is None:
+        return [card, sidecar]
+    with atomic_file(picture) as temporary:
+        flat(facts.picture).save(temporary, "PNG")
+    return [card, sidecar, picture]
+
+
+def sidecar_of(facts: Facts, info: BaseInfo) -> dict[str, Any]:
+    """What A1111's and Forge's pages of extra networks show and insert."""
+    return {
+        "description": facts.description or f"A style LoRA for {FAMILY_TITLES[info.family]}.",
+        "sd version": _SIDECAR_VERSIONS[info.family],
+        "activation text": ", ".join(facts.triggers),
+        "preferred weight": 1.0,
+        "negative text": "",
+        "notes": usage_hint(facts, info),
+    }
+
+
+def model_card(facts: Facts, info: BaseInfo, file: str, picture: str | None) -> str:
+    """A README for the Hub: YAML front matter and a text; JSON values are valid YAML."""
+    front = "\n".join(_yaml(key, value) for key, value in front_matter(facts, info, picture).items())
+    return f"---\n{front}\n---\n\n" + "\n\n".join(_body(facts, info, file, picture)) + "\n"
+
+
+def front_matter(facts: Facts, info: BaseInfo, picture: str | None) -> dict[str, Any]:
+    """https://huggingface.co/docs/hub/model-cards: what is not known is left out."""
+    kind = "stable-diffusion-xl" if info.family == "sdxl" else "stable-diffusion"
+    prompt = next(iter(facts.triggers), facts.name)
+    known = {
+        "license": license_of(facts, info),
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "base_model": hub_id(info),
+        "base_model_relation": "adapter" if hub_id(info) else None,
+        "instance_prompt": next(iter(facts.triggers), None),
+        "tags": ["text-to-image", "diffusers", "lora", "template:sd-lora", kind, f"{kind}-diffusers"],
+        "widget": [{"text": prompt, "output": {"url": picture}}] if picture else None,
+    }
+    return {key: value for key, value in known.items() if value}
+
+
+def hub_id(info: BaseInfo) -> str | None:
+    """`owner/name` of a base from the Hub; None for a folder of this computer or a built-in base."""
+    return info.model if info.source == info.model and re.fullmatch(r"[\w.-]+/[\w.-]+", info.model) else None
+
+
+def _body(facts: Facts, info: BaseInfo, file: str, picture: str | None) -> list[str]:
+    """The paragraphs of the card."""
+    base = hub_id(info) or last_part(info.model)
+    parts = [f"# {facts.name}"]
+    if picture:
+        parts.append("<Gallery />")
+    parts.append(facts.description or f"A style LoRA for {FAMILY_TITLES[info.family]}, trained on `{base}`.")
+    if hint := usage_hint(facts, info):
+        parts.append(f"**Use.** {hint}")
+    pipeline = "StableDiffusionXLPipeline" if info.family == "sdxl" else "StableDiffusionPipeline"
+    prompt = json.dumps(f"{', '.join(facts.triggers)} a lighthouse in a storm".strip(), ensure_ascii=False)
+    parts.append(
+        "```python\n"
+        f"from diffusers import {pipeline}\n\n"
+        f"pipeline = {pipeline}.from_pretrained({base!r})\n"
+        f"pipeline.load_lora_weights('.', weight_name={file!r})\n"
+        f"image = pipeline({prompt}).images[0]\n"
+        "```"
+    )
+    if rows := _training(facts):
+        table = ["| training | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
+        parts.append("\n".join(table))
+    if license_of(facts, info) and not facts.license:
+        parts.append("The license is that of the base model's family; a LoRA is a derivative of its base.")
+    return parts
+
+
+def _training(facts: Facts) -> list[tuple[str, str]]:
+    config = facts.config
+    rows = [
+        ("images", sum(folder.images for folder in facts.folders) or None),
+        ("images seen", facts.images_seen),
+        ("steps", facts.steps),
+        ("rank, alpha", f"{config.adapter.rank}, {config.adapter.alpha:g}" if config else None),
+        ("layers", config.adapter.targets if config else None),
+        ("learning rate", f"{config.optimizer.lr:g}" if config and config.adapter.unet else None),
+        (
+            "text encoder rate",
+            f"{config.optimizer.text_encoder_lr:g}" if config and config.adapter.text_encoder else None,
+        ),
+        ("mean loss at the end", None if facts.loss is None else f"{facts.loss:.4g}"),
+        ("date", None if facts.finished is None else iso_date(facts.finished)),
+    ]
+    return [(name, str(value)) for name, value in rows if value is not None]
+
+
+def _yaml(key: str, value: Any) -> str:
+    return f"{key}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"

@@ -1,0 +1,341 @@
+"""The `lorasmith` command. Heavy imports stay inside the commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import click
+import typer
+
+from . import __version__
+from .errors import ConfigError, LorasmithError, UserError
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .plan import Plan
+    from .run import Finished
+
+app = typer.Typer(
+    name="lorasmith",
+    help="From a folder of images to a Stable Diffusion style LoRA that works everywhere.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+INTERRUPTED = 130
+
+ConfigFile = Annotated[Path, typer.Argument(help="The configuration, a TOML file.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or its name under runs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+
+
+def main() -> None:
+    """The entry point: errors a person can act on are shown without a traceback, with their exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")  # a Windows console may be set to another code page
+    try:
+        code = app(standalone_mode=False)
+    except LorasmithError as error:
+        typer.echo(f"error: {error}", err=True)
+        code = error.exit_code
+    except click.exceptions.NoArgsIsHelpError:
+        code = 2
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        typer.echo("interrupted", err=True)
+        code = INTERRUPTED
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lorasmith {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def lorasmith(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """From a folder of images to a Stable Diffusion style LoRA that works everywhere."""
+    del version
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# before training
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the run, its pictures and its LoRA files.")] = Path("lorasmith-demo"),
+) -> None:
+    """Train the example style on the embedded base; make before/after pictures and a LoRA file."""
+    from .demo import run_demo
+
+    run_demo(out)
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="The TOML file to write.")],
+    images: Annotated[Path, typer.Option(help="The folder of images.")],
+    base: Annotated[str, typer.Option(help="A Hub id, a diffusers folder, pocket, or random:sd15, ...")] = "pocket",
+    name: Annotated[str, typer.Option(help="The run's name; the file's name without .toml if not given.")] = "",
+    trigger: Annotated[str, typer.Option(help="The word that will call the style.")] = "",
+    recipe: Annotated[str, typer.Option(help="A shipped recipe; the one for the base's family if not given.")] = "",
+) -> None:
+    """Write a commented configuration for a folder of images."""
+    from ..configs import read_recipe, recipe_names
+    from ..datasets.folder import scan
+    from .bases import inspect_base
+    from .config import merge, to_toml, validate
+    from .files import write_text
+
+    if file.exists():
+        raise ConfigError("exists already", str(file), "Choose another name, or remove it.")
+    if file.suffix.lower() != ".toml":
+        raise ConfigError("does not end in .toml", str(file), f"Call it {file.name}.toml.")
+    count = len(scan(images))
+    found = inspect_base(base)
+    recipe = recipe or ("demo" if base == "pocket" else f"style-{found.family}")
+    if recipe not in recipe_names():
+        raise ConfigError(f"there is no recipe {recipe!r}", "--recipe", f"Recipes: {', '.join(recipe_names())}.")
+    answers = {
+        "name": name or file.stem,
+        "base": {"model": base},
+        "data": [{"path": _path_from(file.parent, images), "trigger": trigger}],
+    }
+    config = validate(merge(read_recipe(recipe), answers), source="init")
+    try:
+        write_text(file, to_toml(config))
+    except OSError as error:
+        raise ConfigError(f"cannot be written ({error.strerror})", str(file), "Choose another place.") from error
+    typer.echo(f"{file}: {count} images, base {found.title}, recipe {recipe}")
+    typer.echo(f"Look at it, then: lorasmith plan {file}")
+
+
+@app.command()
+def plan(file: ConfigFile, set_: Overrides = None, as_json: Json = False) -> None:
+    """Validate a configuration, and say what would happen."""
+    from .jobs import check_name_is_free
+
+    made = _plan_of(file, set_)
+    check_name_is_free(made.config)
+    if as_json:
+        _print_json(made.facts())
+    else:
+        from .console import print_plan
+
+        print_plan(made)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Versions, devices and disk of this computer."""
+    from .doctor import examine
+
+    facts = examine()
+    if as_json:
+        _print_json(facts)
+        return
+    for topic, values in facts.items():
+        typer.echo(topic)
+        for name, value in values.items():
+            typer.echo(f"  {name}: {value}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+
+@app.command()
+def train(file: ConfigFile, set_: Overrides = None) -> None:
+    """Train a LoRA, export it and verify it. The first Ctrl-C stops and saves."""
+    from .console import Reporter, print_plan
+    from .jobs import check_name_is_free
+
+    made = _plan_of(file, set_)
+    if os.environ.get("RANK", "0") == "0":
+        check_name_is_free(made.config)
+        print_plan(made)
+    from . import run
+
+    with Reporter() as report:
+        finished = run.train(made, report)
+    _say_how_it_ended(finished)
+
+
+@app.command()
+def resume(path: RunPath, set_: Overrides = None) -> None:
+    """Continue a stopped, interrupted or failed run exactly where it was saved."""
+    from . import run
+    from .console import Reporter
+    from .jobs import open_run
+
+    with Reporter() as report:
+        finished = run.resume(open_run(path), set_ or [], report)
+    _say_how_it_ended(finished)
+
+
+@app.command()
+def stop(path: RunPath) -> None:
+    """Ask a running run to save and stop after its current step."""
+    from .jobs import open_run
+
+    run = open_run(path)
+    run.ask_to_stop()
+    typer.echo(f"{run.name} will save and stop after its current step")
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="The folder that holds run folders.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List runs and where each of them stands."""
+    from dataclasses import asdict
+
+    from .jobs import find_runs
+
+    found = [(run, run.status()) for run in find_runs(folder)]
+    if as_json:
+        _print_json([{"name": run.name, "path": str(run.path), **asdict(status)} for run, status in found])
+    elif not found:
+        typer.echo(f"no runs in {folder}")
+    for run, status in found if not as_json else []:
+        typer.echo(f"{run.name}: {status.sentence}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# after training
+
+
+@app.command()
+def sample(
+    path: RunPath,
+    prompt: Annotated[list[str], typer.Option(help="What to draw; may be repeated.")],
+    step: Annotated[int | None, typer.Option(help="The checkpoint; the newest if not given.")] = None,
+    strength: Annotated[float, typer.Option(help="Strength of the LoRA; 0 is the untouched base.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, help="The first picture's seed; sample.seed if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder for the pictures.")] = None,
+) -> None:
+    """Draw pictures with a run's LoRA."""
+    from dataclasses import replace
+
+    from . import adapter
+    from .run import load_run
+    from .sample import Recipe, draw, save_previews
+
+    if out and out.exists():
+        raise UserError("exists already", str(out), "Name a new folder.")
+    run, made, base, chosen = load_run(path, step)
+    recipe = Recipe.of(made.config.sample, made.base.resolution)
+    recipe = recipe if seed is None else replace(recipe, seed=seed)
+    with adapter.strength(base, strength):
+        pictures = draw(base, prompt, recipe)
+    folder = out or _new_folder(run.path / "samples", f"own-step-{chosen:06d}")
+    save_previews(folder, pictures, prompt, recipe, made.base.short_name, f"{run.name} step {chosen} at {strength:g}")
+    for number in range(len(prompt)):
+        typer.echo(folder / f"{number:02d}.png")
+
+
+@app.command()
+def export(
+    path: RunPath,
+    step: Annotated[int | None, typer.Option(help="The checkpoint; the newest if not given.")] = None,
+    format_: Annotated[str, typer.Option("--format", help="kohya, diffusers, or both with a comma.")] = "kohya,diffusers",
+    precision: Annotated[Literal["fp16", "bf16", "fp32"], typer.Option(help="Precision of the file.")] = "fp16",
+    out: Annotated[Path | None, typer.Option(help="The folder; the run's exports/ if not given.")] = None,
+) -> None:
+    """Write the LoRA file to share, load it back, and compare it with the trained model."""
+    from .run import FORMATS, export_run
+
+    wanted = [name.strip() for name in format_.split(",")]
+    formats = [name for name in FORMATS if name in wanted]
+    if unknown := [name for name in wanted if name not in FORMATS]:
+        raise UserError(f"there is no format {unknown[0]!r}", "--format", f"Formats: {', '.join(FORMATS)}.")
+    for file in export_run(path, step, formats, out, precision):
+        typer.echo(file)
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="A LoRA .safetensors file.")], as_json: Json = False) -> None:
+    """Say what is in a LoRA file."""
+    from .export import inspect as inspect_file
+
+    facts = inspect_file(file)
+    if as_json:
+        _print_json(facts)
+        return
+    for name, value in facts.items():
+        typer.echo(f"{name}: {json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value}")
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="The port of the page.")] = 7860,
+    folder: Annotated[Path, typer.Option("--runs", help="The folder that holds run folders.")] = Path("runs"),
+) -> None:
+    """Open the browser app: runs, their progress, previews and files."""
+    from ..ui.app import serve
+
+    serve(folder, port)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _plan_of(file: Path, overrides: list[str] | None) -> Plan:
+    from .plan import make_plan
+
+    return make_plan(_config_of(file, overrides))
+
+
+def _config_of(file: Path, overrides: list[str] | None) -> RunConfig:
+    from .config import read_config
+
+    return read_config(file, overrides or [])
+
+
+def _say_how_it_ended(finished: Finished) -> None:
+    if finished.stopped_by:
+        typer.echo(f"{finished.run.path}: {finished.run.status().sentence}")
+        typer.echo(f"Continue with: lorasmith resume {finished.run.path}", err=True)
+        if finished.stopped_by == "signal":
+            raise typer.Exit(INTERRUPTED)
+    for file in finished.exports:
+        typer.echo(file)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def _path_from(start: Path, path: Path) -> str:
+    """`path` relative to a folder where that is possible, with forward slashes."""
+    try:
+        return Path(os.path.relpath(path.absolute(), start.absolute())).as_posix()
+    except ValueError:  # another drive
+        return path.absolute().as_posix()
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """The first of `name`, `name-2`, `name-3`, ... that does not exist."""
+    numbers = (name if number == 1 else f"{name}-{number}" for number in range(1, 1_000_000))
+    return next(parent / candidate for candidate in numbers if not (parent / candidate).exists())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Plans and events in the terminal: results on stdout, progress on stderr, a bar only on a terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .events import Checkpointed, Done, Event, Phase, PlanMade, Sampled, Step, Stopped, Warned
+from .plan import Plan
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+_ALL_IMAGES_LISTED_UP_TO = 40
+_CAPTIONS_SHOWN = 5
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Reporter:
+    """Shows the events of one run as they come; use it as a context manager."""
+
+    def __init__(self) -> None:
+        self.is_terminal = err.is_terminal
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=err,
+            disable=not self.is_terminal,
+            transient=True,
+        )
+        self.task: TaskID | None = None
+        self.phase = ""
+        self.steps = 0
+        self.last_line = 0.0
+        self.loss: float | None = None
+
+    def __enter__(self) -> Reporter:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Phase(name, done, total):
+                self._bar(name, done, total)
+            case PlanMade():
+                self.steps = event.steps
+                self._line(trained_sentence(event.parts))
+            case Step():
+                self.loss = event.loss if self.loss is None else 0.95 * self.loss + 0.05 * event.loss
+                rates = " ".join(f"{name} {rate:.1e}" for name, rate in event.lr.items())
+                self._bar("training", event.step, self.steps, f"loss {self.loss:.4f}  lr {rates}")
+            case Sampled(step, folder):
+                self._line(f"step {step}: previews in {folder}")
+            case Checkpointed(step, folder):
+                self._line(f"step {step}: saved {folder}")
+            case Warned(message):
+                self._line(f"[yellow]warning:[/] {escape(message)}")
+            case Stopped(step):
+                self._line(f"stopped and saved at step {step}")
+            case Done(step):
+                self._line(f"done, {step} steps")
+
+    def _bar(self, name: str, done: int, total: int, note: str = "") -> None:
+        if self.is_terminal:
+            if self.task is None or name != self.phase:
+                if self.task is not None:
+                    self.progress.remove_task(self.task)
+                self.task = self.progress.add_task(name, total=total or None, note=note, completed=done)
+            self.progress.update(self.task, completed=done, total=total or None, note=note)
+        elif name != self.phase or done == total or time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            count = f" {done}/{total}" if total else ""
+            err.print(f"{name}{count}  {note}".rstrip(), markup=False)
+        self.phase = name
+
+    def _line(self, text: str) -> None:
+        self.progress.console.print(text)
+
+
+def trained_sentence(parts: list[dict[str, Any]]) -> str:
+    """What is trained, one line a part."""
+    return "\n".join(
+        f"training {p['name']}: {p['modules']} modules, {p['parameters']:,} parameters, learning rate {p['lr']:g}"
+        for p in parts
+    )
+
+
+def print_plan(plan: Plan) -> None:
+    """The plan in words and numbers."""
+    facts, config = plan.facts(), plan.config
+    out.print(f"[bold]{config.name}[/] on {plan.base.title}")
+    _print_images(plan)
+    sources = ", ".join(f"{count} from {source}" for source, count in plan.caption_sources().items())
+    out.print(f"captions: {facts['captions']} of {facts['images']} used ({sources})", markup=False)
+    for example in plan.examples[:_CAPTIONS_SHOWN]:
+        out.print(f"  {example.name}: {example.caption!r}", markup=False)
+    buckets = ", ".join(f"{count} x {size}" for size, count in facts["buckets"].items())
+    out.print(f"buckets: {buckets}")
+    out.print(
+        f"length: {plan.steps} steps of {facts['batch']} images = {plan.images} images seen, "
+        f"each image {facts['shows_per_image']:g} times"
+    )
+    parts = [name for name in ("unet", "text_encoder") if getattr(config.adapter, name)]
+    out.print(
+        f"adapter: {config.adapter.kind}, rank {config.adapter.rank}, alpha {config.adapter.alpha:g}, "
+        f"{config.adapter.targets}, on {' and '.join(parts)}"
+    )
+    for warning in plan.warnings():
+        out.print(f"[yellow]warning:[/] {escape(warning)}")
+
+
+def _print_images(plan: Plan) -> None:
+    """Each image with what is done to it; of a large set, those to which something is done."""
+    listed = plan.examples
+    if len(listed) > _ALL_IMAGES_LISTED_UP_TO:
+        listed = [example for example in listed if example.item.notes]
+    table = Table("image", "size", "bucket", "caption from", "what is done", box=None, padding=(0, 2, 0, 0))
+    for example in listed:
+        item, fit = example.item, example.fit
+        done = [*item.notes, f"{fit.cropped_share:.0%} cropped" if fit.cropped_share >= 0.005 else "not cropped"]
+        if item.repeats != 1:
+            done.append(f"shown {item.repeats} times an epoch")
+        size, bucket = (f"{w} x {h}" for w, h in (fit.original, fit.bucket))
+        table.add_row(escape(example.name), size, bucket, escape(item.source), escape(", ".join(done)))
+    out.print(f"images: {len(plan.examples)}")
+    if listed:
+        out.print(table)
+    if rest := len(plan.examples) - len(listed):
+        out.print(f"  and {rest} more, with nothing special about them")

@@ -1,0 +1,199 @@
+"""A LoRA file on disk: its header, hashes and tensors, and what can be told of it without any model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .bases import FamilyName
+from .errors import UserError
+from .keys import Format, component_of
+
+# What follows the name of a layer: down, up and, in kohya's format, alpha.
+LEAVES: dict[Format, tuple[str, ...]] = {
+    "kohya": (".lora_down.weight", ".lora_up.weight", ".alpha"),
+    "diffusers": (".lora_A.weight", ".lora_B.weight"),
+}
+# Width of the text that cross-attention reads, in the published models.
+_CROSS_ATTENTION: dict[int, FamilyName] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+_TEXT_WIDTH: dict[int, FamilyName] = {768: "sd1", 1024: "sd2"}
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """The names a file goes by, lower-case hex."""
+
+    sha256: str
+    """Of the whole file."""
+    autov1: str
+    """A1111's first hash: 64 KiB from 1 MiB on, 8 digits."""
+    autov2: str
+    """The first 10 digits of `sha256`."""
+    autov3: str
+    """The first 12 digits of the SHA-256 of the bytes after the header: what LoRA managers look for."""
+    tensors: str
+    """All 64 digits of it."""
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """The header of a `.safetensors` file; tensors are read when they are asked for."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    """safetensors' names: `F16`, `BF16`, `F32`, ..."""
+    metadata: dict[str, str]
+
+    @classmethod
+    def open(cls, path: Path) -> LoraFile:
+        """Read the header.
+
+        Raises:
+            UserError: if there is no such file, or it is not safetensors, or it is cut short.
+        """
+        if not path.is_file():
+            raise UserError("is a folder" if path.is_dir() else "no such file", str(path), "Name a .safetensors file.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+                shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+                dtypes = {key: part.get_dtype() for key, part in slices.items()}
+                return cls(path, shapes, dtypes, dict(file.metadata() or {}))
+        except SafetensorError as error:
+            raise UserError(
+                f"is not a whole safetensors file ({error})",
+                str(path),
+                "Copy or download it again; a .ckpt or .pt file must be converted first.",
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"cannot be read ({error.strerror or error})", str(path), "Check its permissions."
+            ) from error
+
+    def tensors(self, suffix: str = "") -> dict[str, Tensor]:
+        """The tensors whose key ends so, on the CPU."""
+        with safe_open(self.path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in self.shapes if key.endswith(suffix)}
+
+    @cached_property
+    def format(self) -> Format | None:
+        """Whose names the keys are; None if neither's, or a mixture."""
+        for format in LEAVES:
+            if self.shapes and all(self._is(format, key) for key in self.shapes):
+                return format
+        return None
+
+    def _is(self, format: Format, key: str) -> bool:
+        if format == "kohya":
+            return key.startswith("lora_") and component_of(key) is not None and "." in key
+        return component_of(key) is not None and key.endswith(LEAVES["diffusers"])
+
+    @cached_property
+    def modules(self) -> dict[str, tuple[str, str]]:
+        """Layer name to its (down, up) keys."""
+        down, up, *_ = LEAVES[self.format or "kohya"]
+        names = [key.removesuffix(down) for key in self.shapes if key.endswith(down)]
+        return {name: (name + down, name + up) for name in names if name + up in self.shapes}
+
+    @cached_property
+    def hashes(self) -> Hashes:
+        """Read once from end to end."""
+        whole, after = hashlib.sha256(), hashlib.sha256()
+        with self.path.open("rb") as file:
+            head = file.read(8)
+            head += file.read(int.from_bytes(head, "little"))
+            whole.update(head)
+            while block := file.read(1 << 20):
+                whole.update(block)
+                after.update(block)
+            file.seek(0x100000)
+            first = hashlib.sha256(file.read(0x10000)).hexdigest()
+        digest, tensors = whole.hexdigest(), after.hexdigest()
+        return Hashes(digest, first[:8], digest[:10], tensors[:12], tensors)
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """What is in a LoRA file, ready for JSON; no model is loaded.
+
+    Raises:
+        UserError: if it is not a whole safetensors file.
+    """
+    file = LoraFile.open(path)
+    family, because = guess_family(file)
+    known = {key for keys in file.modules.values() for key in keys} | {f"{name}.alpha" for name in file.modules}
+    return {
+        "name": path.name,
+        "bytes": path.stat().st_size,
+        "format": file.format or "unknown",
+        "family": family or "unknown",
+        "family_because": because,
+        "dtypes": dict(Counter(file.dtypes.values())),
+        "components": _components(file),
+        "other_keys": sorted(set(file.shapes) - known),
+        "hashes": asdict(file.hashes),
+        "metadata": {key: _readable(value) for key, value in sorted(file.metadata.items())},
+    }
+
+
+def guess_family(file: LoraFile) -> tuple[FamilyName | None, str]:
+    """The family a LoRA was made for, and what tells it: names first, then widths, then what the file says."""
+    components = {component_of(key) for key in file.shapes}
+    if "text_encoder_2" in components or any(key.startswith("lora_te1_") for key in file.shapes):
+        return "sdxl", "it names two text encoders"
+    if any(key.startswith(("lora_unet_input_blocks", "lora_unet_output_blocks")) for key in file.shapes):
+        return "sdxl", "its UNet has sgm names"
+    for name, (down, _) in file.modules.items():
+        width = file.shapes[down][1] if len(file.shapes[down]) > 1 else 0
+        if name.endswith(("attn2_to_k", "attn2.to_k")) and width in _CROSS_ATTENTION:
+            return _CROSS_ATTENTION[width], f"its cross-attention reads text of width {width}"
+        if name.endswith(("self_attn_q_proj", "self_attn.q_proj")) and width in _TEXT_WIDTH:
+            return _TEXT_WIDTH[width], f"its text encoder has width {width}"
+    said = _family_said(file.metadata)
+    return said, "its metadata says so" if said else "neither names, widths nor metadata tell"
+
+
+def _family_said(metadata: dict[str, str]) -> FamilyName | None:
+    version = metadata.get("ss_base_model_version", "") + " " + metadata.get("modelspec.architecture", "")
+    if "sdxl" in version or "stable-diffusion-xl" in version:
+        return "sdxl"
+    if metadata.get("ss_v2") == "True" or "sd_v2" in version or "stable-diffusion-v2" in version:
+        return "sd2"
+    return "sd1" if "sd_v1" in version or "stable-diffusion-v1" in version else None
+
+
+def _components(file: LoraFile) -> dict[str, dict[str, Any]]:
+    """By component: how many layers, their ranks and alphas, each with its count."""
+    alphas = {
+        key.removesuffix(".alpha"): float(t.flatten()[0]) for key, t in file.tensors(".alpha").items() if t.numel()
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for name, (down, _) in file.modules.items():
+        entry = found.setdefault(
+            component_of(name) or "unknown", {"modules": 0, "ranks": Counter(), "alphas": Counter()}
+        )
+        rank = file.shapes[down][0] if file.shapes[down] else 0
+        entry["modules"] += 1
+        entry["ranks"][str(rank)] += 1
+        entry["alphas"][f"{alphas.get(name, rank):g}"] += 1
+    return {
+        name: entry | {"ranks": dict(entry["ranks"]), "alphas": dict(entry["alphas"])} for name, entry in found.items()
+    }
+
+
+def _readable(value: str) -> Any:
+    """Structured values as they are meant; a long one, such as a thumbnail, by its length."""
+    if value.startswith(("{", "[")):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value if len(value) <= 1000 else f"{value[:40]}... ({len(value)} characters)"

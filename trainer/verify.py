@@ -1,0 +1,291 @@
+"""Is the file on disk the same as the model in memory? It is loaded back into a fresh pipeline and compared.
+
+diffusers alone cannot tell: it reads names that no other client reads, skips layers without a word, and applies one
+alpha to all layers of a component. So the file is held against three things, and any deviation fails the export:
+
+1. the names, types and scales that all clients agree on, by this project's own reading of the file;
+2. the weight change of every layer, as the file gives it and as the fresh pipeline applies it;
+3. what text encoders and UNet answer to fixed inputs, with the size of the adapter's own effect as the measure.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapter import ADAPTER, LoraModule, lora_modules, strength
+from .errors import ExportError, Problem, UserError
+from .keys import Format, base_name, component_of, grammar
+from .lorafile import LEAVES, LoraFile
+from .models import Base, Conditions
+
+PROMPT = "a photo of a red house by the sea, painted in oil"
+SHOWN = 5  # deviations that an error names
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Largest |change in the file - change in memory| / |change in memory| of a layer, in Frobenius norms. Two matrices
+# rounded to a mantissa of m bits are off by about 0.4 * 2**-m; the rest is room for products that cancel.
+WEIGHT_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# Largest |fresh - live| / |live - without adapter| of an answer, by the precision of the file and of the base.
+EFFECT_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# What arithmetic alone may change, as a share of the whole answer, by the precision of the base.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How near the file is to the model in memory."""
+
+    modules: dict[str, int]
+    """Adapted layers by component: the same in the file, in memory and in the fresh pipeline."""
+    weight_error: float
+    """The largest relative error of a layer's weight change."""
+    weight_tolerance: float
+    output_errors: dict[str, float]
+    """By component: |fresh - live| / |live - without adapter| on fixed inputs."""
+    output_tolerance: float
+    effects: dict[str, float]
+    """By component: |live - without adapter| / |without adapter|."""
+
+
+class _Different(Exception):  # noqa: N818 (it never leaves this file)
+    """Holds what deviates."""
+
+
+def verify(path: Path, base: Base, load_fresh: Callable[[], Base]) -> Verification:
+    """Load the file into a fresh pipeline and compare it with the live model.
+
+    `load_fresh` gives the same base without an adapter, in the same precision and on the same device as `base`.
+
+    Raises:
+        ExportError: naming the first deviations. The file has then been renamed to `<name>.safetensors.rejected`.
+    """
+    try:
+        return _compare(path, base, load_fresh)
+    except _Different as different:
+        deviations = different.args[0]
+    rejected = path.with_name(f"{path.name}.rejected")
+    path.replace(rejected)
+    if len(deviations) > SHOWN:
+        deviations = [*deviations[:SHOWN], f"and {len(deviations) - SHOWN} more deviations"]
+    fix = f"Do not share it: it was set aside as {rejected.name}. Export again, from the last checkpoint."
+    fixes = [""] * (len(deviations) - 1) + [fix]
+    raise ExportError.of(Problem(path.name, text, fix) for text, fix in zip(deviations, fixes, strict=True))
+
+
+def _compare(path: Path, base: Base, load_fresh: Callable[[], Base]) -> Verification:
+    """Cheapest first; each step makes sense only if the one before it found nothing."""
+    try:
+        file = LoraFile.open(path)
+    except UserError as error:
+        raise _Different([error.problems[0].what]) from error
+    format = file.format or "kohya"
+    live = named_modules(base, format)
+    _require(name_deviations(file, base, live, format))
+    written = read_modules(file, live, format)
+    _require(tensor_deviations(file, live, written))
+    types = {_DTYPES[file.dtypes[key]] for key in file.shapes if key.endswith(".weight")}
+    _require(weight_deviations(live, written, limit := max(WEIGHT_TOLERANCE[t] for t in types), "in the file"))
+
+    fresh = load_fresh()
+    _load(fresh, path)
+    applied = named_modules(fresh, format)
+    _require(set_deviations(live, applied, "in a fresh pipeline"))
+    types.add(base.dtype)
+    applied_limit = max(WEIGHT_TOLERANCE[t] for t in types)
+    _require(weight_deviations(live, applied, applied_limit, "in a fresh pipeline"))
+    tolerance = max(EFFECT_TOLERANCE[t] for t in types)
+    trained = {module_component(name) for name in live}
+    errors, effects = answer_errors(base, fresh, trained, tolerance)
+    return Verification(
+        modules=dict(Counter(module_component(name) for name in live)),
+        weight_error=max(change_error(live[name], written[name]) for name in live),
+        weight_tolerance=limit,
+        output_errors=errors,
+        output_tolerance=tolerance,
+        effects=effects,
+    )
+
+
+def _require(deviations: Iterable[str]) -> None:
+    if found := list(deviations):
+        raise _Different(found)
+
+
+def module_component(name: str) -> str:
+    return component_of(name) or "unknown"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# names, types and scales
+
+
+def named_modules(base: Base, format: Format) -> dict[str, LoraModule]:
+    """The adapted layers of all components, by their names in a file."""
+    family, n = base.info.family, int(base.unet.config["layers_per_block"])
+    return {
+        base_name(family, component, lora.name, format, n): lora
+        for component, module in base.components.items()
+        for lora in lora_modules(module)
+    }
+
+
+def name_deviations(file: LoraFile, base: Base, live: Mapping[str, LoraModule], format: Format) -> Iterator[str]:
+    """Every key is of the grammar, and each live layer has all its keys, and there is no other key."""
+    pattern = grammar(base.info.family, format)
+    yield from (f"{key} is not a name that clients read" for key in file.shapes if not pattern.fullmatch(key))
+    yield from set_deviations([name + leaf for name in live for leaf in LEAVES[format]], file.shapes, "in the file")
+    if "lora_adapter_metadata" in file.metadata:
+        yield "the header holds lora_adapter_metadata, which makes diffusers refuse the file"
+
+
+def set_deviations(expected: Iterable[str], found: Iterable[str], where: str) -> Iterator[str]:
+    expected, found = set(expected), set(found)
+    yield from (f"{name} was trained, but is missing {where}" for name in sorted(expected - found))
+    yield from (f"{name} is {where}, but was not trained" for name in sorted(found - expected))
+
+
+def read_modules(file: LoraFile, live: Iterable[str], format: Format) -> dict[str, LoraModule]:
+    """The file's layers as every client must read them; without an alpha the scale is 1."""
+    tensors = file.tensors()
+    down, up, *alpha = LEAVES[format]
+    return {
+        name: LoraModule(
+            name=name,
+            down=tensors[name + down],
+            up=tensors[name + up],
+            alpha=float(tensors[name + alpha[0]].flatten()[0]) if alpha else float(tensors[name + down].shape[0]),
+        )
+        for name in live
+    }
+
+
+def tensor_deviations(
+    file: LoraFile, live: Mapping[str, LoraModule], written: Mapping[str, LoraModule]
+) -> Iterator[str]:
+    """Types and shapes that all clients take, finite values, one alpha a component, no component without effect."""
+    alphas: dict[str, set[float]] = {}
+    effective: dict[str, bool] = {}
+    for name, lora in written.items():
+        if (lora.down.shape, lora.up.shape) != (live[name].down.shape, live[name].up.shape):
+            yield f"{name} has other shapes than the live layer"
+        if not (lora.down.isfinite().all() and lora.up.isfinite().all()):
+            yield f"{name} holds NaN or infinity"
+        alphas.setdefault(module_component(name), set()).add(lora.alpha)
+        effective[module_component(name)] = effective.get(module_component(name), False) or bool(lora.up.any())
+    for key, dtype in file.dtypes.items():
+        if key.endswith(".alpha") and (dtype != "F32" or file.shapes[key] != ()):
+            yield f"{key} is not a single fp32 number, which some clients cannot read"
+        elif dtype not in _DTYPES:
+            yield f"{key} is of type {dtype}"
+    for component, values in alphas.items():
+        if file.format == "kohya" and len(values) > 1:
+            yield f"{component} has several alphas {sorted(values)}, of which diffusers applies one to all layers"
+    yield from (
+        f"{component} was trained, but all its changes are zero" for component, any_ in effective.items() if not any_
+    )
+    if file.metadata.get("sshs_model_hash", file.hashes.tensors) != file.hashes.tensors:
+        yield "sshs_model_hash in the header is not the hash of the tensors"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the change of each layer
+
+
+def weight_deviations(
+    live: Mapping[str, LoraModule], other: Mapping[str, LoraModule], tolerance: float, where: str
+) -> Iterator[str]:
+    for name, lora in live.items():
+        if not (error := change_error(lora, other[name])) <= tolerance:
+            alphas = f"alpha {other[name].alpha:g} at rank {other[name].rank}, live {lora.alpha:g} at {lora.rank}"
+            yield f"{name}: its change is off by {error:.2%} {where} (allowed {tolerance:.2%}; {alphas})"
+
+
+def change_error(live: LoraModule, other: LoraModule) -> float:
+    """|other - live| / |live| of alpha / rank * up @ down, without forming the product.
+
+    With A = [up, up'] and B = [down; down'], |A B|^2 = trace(A'A BB'), a product of matrices as small as the rank; in
+    fp64 its own rounding is about 1e-8 of the norm.
+    """
+    up, down = _factors(live)
+    other_up, other_down = _factors(other)
+    size = _product_norm(up, down)
+    difference = _product_norm(torch.cat([other_up, -up], 1), torch.cat([other_down, down], 0))
+    return difference / size if size else (float("inf") if difference else 0.0)
+
+
+def _factors(lora: LoraModule) -> tuple[Tensor, Tensor]:
+    scale = lora.alpha / lora.rank
+    return scale * lora.up.double().cpu().flatten(1), lora.down.double().cpu().flatten(1)
+
+
+def _product_norm(a: Tensor, b: Tensor) -> float:
+    return float(((a.T @ a) * (b @ b.T)).sum().clamp_min(0).sqrt())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loading, and the answers to fixed inputs
+
+
+def _load(fresh: Base, path: Path) -> None:
+    """As any user of diffusers does it."""
+    folder = str(path.absolute().parent)
+    try:
+        fresh.pipeline().load_lora_weights(folder, weight_name=path.name, adapter_name=ADAPTER)
+    except (ValueError, RuntimeError, KeyError, IndexError) as error:  # what diffusers and PEFT raise on a bad file
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise _Different([f"diffusers does not load it: {first_line}"]) from error
+
+
+@torch.no_grad()
+def answer_errors(
+    base: Base, fresh: Base, trained: set[str], tolerance: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Relative errors and effects of the trained components on fixed inputs; all are given the same inputs."""
+    with strength(base, 0):
+        plain = base.encode([PROMPT])
+        without = _answers(base, plain)
+    live, loaded = _answers(base, plain), _answers(fresh, plain)
+    errors, effects, deviations = {}, {}, []
+    for name in (name for name in without if name in trained):
+        whole, effect = float(without[name].norm()), float((live[name] - without[name]).norm())
+        error = float((loaded[name] - live[name]).norm())
+        if not effect > 0:
+            deviations.append(f"the adapter of {name} changes nothing in its output")
+        elif not error <= tolerance * effect + ROUNDING[base.dtype] * whole:
+            deviations.append(
+                f"the output of {name} in a fresh pipeline is off by {error / effect:.2%} of the adapter's effect "
+                f"(allowed {tolerance:.2%})"
+            )
+        else:
+            errors[name], effects[name] = error / effect, effect / whole
+    _require(deviations)
+    return errors, effects
+
+
+def _answers(base: Base, conditions: Conditions) -> dict[str, Tensor]:
+    """Component to a flat fp32 vector: the text encoders' for a fixed prompt, the UNet's for fixed noise."""
+    encoded = base.encode([PROMPT])
+    configs: list[Any] = [encoder.config for encoder in base.text_encoders.values()]
+    hidden = encoded.hidden.split([config.hidden_size for config in configs], dim=-1)
+    answers = dict(zip(base.text_encoders, hidden, strict=True)) | {"unet": _prediction(base, conditions)}
+    flat = {name: answer.float().cpu().flatten() for name, answer in answers.items()}
+    if encoded.pooled is not None:
+        flat["text_encoder_2"] = torch.cat([flat["text_encoder_2"], encoded.pooled.float().cpu().flatten()])
+    return flat
+
+
+def _prediction(base: Base, conditions: Conditions) -> Tensor:
+    """The UNet on a small square of noise, half-way through the noise schedule."""
+    side = 2 * base.info.bucket_step // base.info.vae_factor
+    noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)).to(base.device, base.dtype)
+    pixels = side * base.info.vae_factor
+    sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], device=base.device, dtype=base.dtype)
+    t = torch.tensor([base.scheduler.config["num_train_timesteps"] // 2], device=base.device)
+    return base.family.predict(base.unet, noise, t, conditions, sizes)
