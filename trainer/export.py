@@ -99,9 +99,9 @@ def write(base: Base, path: Path, format: Format, facts: Facts, precision: Preci
 def tensors(base: Base, format: Format, dtype: torch.dtype) -> dict[str, Tensor]:
     """All tensors of the file, on the CPU and contiguous, from the live layers.
 
-    kohya: `lora_down.weight` (rank, in[, kh, kw]), `lora_up.weight` (out, rank[, 1, 1]) and `alpha` () in fp32, the same
-    alpha in all layers of a component. diffusers: `lora_A.weight` and `lora_B.weight` of the same shapes, and no alpha:
-    the scale alpha / rank is part of `lora_B`.
+    kohya: `lora_down.weight` (rank, in[, kh, kw]), `lora_up.weight` (out, rank[, 1, 1]) and `alpha` () in fp32, the
+    same alpha in all layers of a component. diffusers: `lora_A.weight` and `lora_B.weight` of the same shapes, and no
+    alpha: the scale alpha / rank is part of `lora_B`.
 
     Raises:
         ExportError: if a layer cannot be written, holds NaN or infinity, or a whole component has no effect.

@@ -1,9 +1,9 @@
 """The names of adapted layers in LoRA files: kohya's (read by every client) and diffusers' own.
 
 A layer is known by its component (`unet`, `text_encoder`, `text_encoder_2`) and its dotted path inside it. Three traps
-are avoided here. transformers drops `text_model.` from some text encoders' paths, and clients need it exactly once. SDXL's
-UNet is named after the original (sgm) code in kohya files, SD 1's and SD 2's after diffusers. And only layers that all
-clients know have a name at all: any other one is an error, because a client would drop it without a word.
+are avoided here. transformers drops `text_model.` from some text encoders' paths, and clients need it exactly once. In
+kohya files SDXL's UNet is named after the original (sgm) code, SD 1's and SD 2's after diffusers. And only layers that
+all clients know have a name at all: any other one is an error, because a client would drop it without a word.
 """
 
 from __future__ import annotations

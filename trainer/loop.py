@@ -70,8 +70,16 @@ class Trainer:
         self.plan, self.config, self.run, self.emit = plan, plan.config, run, emit
         precision = mixed_precision(self.config.runtime.precision)
         self.accelerator = Accelerator(
-            mixed_precision=precision, gradient_accumulation_steps=self.config.budget.accumulate
+            cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would not find each other
+            mixed_precision=precision,
+            gradient_accumulation_steps=self.config.budget.accumulate,
         )
+        if self.accelerator.num_processes != plan.processes:
+            raise TrainingError(
+                f"{plan.processes} processes were started, but {self.accelerator.num_processes} found each other",
+                "accelerate",
+                "Start them with: torchrun --nproc_per_node N -m lorasmith.trainer.cli train FILE",
+            )
         emit(Phase("loading the base"))
         self.base = load_base(plan.base, DTYPES[precision], self.accelerator.device)
         self._warn_of_cut_captions()

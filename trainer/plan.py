@@ -103,7 +103,7 @@ class Plan:
             )
         enlarged = [example for example in self.examples if example.fit.enlargement > _MUCH_ENLARGED]
         if enlarged:
-            yield f"{_images(len(enlarged))} will be enlarged over {_MUCH_ENLARGED} times and be soft: {_names(enlarged)}."
+            yield f"{_images(len(enlarged))} will be soft, enlarged over {_MUCH_ENLARGED} times: {_names(enlarged)}."
         cropped = [example for example in self.examples if example.fit.cropped_share > _MUCH_CROPPED]
         if cropped:
             yield f"{_images(len(cropped))} will lose over {_MUCH_CROPPED:.0%} of their area to the crop: {_names(cropped)}."

@@ -16,16 +16,16 @@ import torch
 
 from .adapter import load_adapter_state, put_on
 from .checkpoint import Checkpoint, load_checkpoint
-from .config import RunConfig, merge, read_toml, set_value, validate, write_config
+from .config import RunConfig, read_toml, set_value, validate, write_config
 from .errors import LorasmithError, RunError, TrainingError, UserError
 from .events import Done, Event, EventLog, Failed, Phase, Stopped
-from .export import Format, FilePrecision, export_adapter
+from .export import Precision
 from .jobs import RunFolder, create_run, open_run
+from .keys import Format
 from .loop import Emit, Trainer
 from .models import Base, load_base
 from .plan import Plan, make_plan
-
-FORMATS: tuple[Format, ...] = ("kohya", "diffusers")
+from .publish import publish
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,14 @@ def train(plan: Plan, listen: Emit) -> Finished:
     """Start a new run and carry it out.
 
     Raises:
-        UserError: if the name is in use; or if something is wrong before the first step, and then nothing is left behind.
+        UserError: if the name is in use, or something is wrong before the first step; then nothing is left behind.
         TrainingError: if the run fails later; the last checkpoint stands.
     """
-    run = create_run(plan.config) if _is_main_process() else RunFolder(Path(plan.config.runs, plan.config.name).absolute())
+    run = (
+        create_run(plan.config)
+        if _is_main_process()
+        else RunFolder(Path(plan.config.runs, plan.config.name).absolute())
+    )
     try:
         return _carry_out(plan, run, None, listen)
     except UserError:
@@ -64,8 +68,11 @@ def resume(run: RunFolder, overrides: Sequence[str], listen: Emit) -> Finished:
     plan = make_plan(config)
     saved = run.saved_steps()
     if saved and saved[-1] >= plan.steps:
-        raise RunError(f"has all of its {plan.steps} steps already", str(run.path),
-                       f"To go on, raise the budget: lorasmith resume {run.path} --set budget.images={2 * plan.images}")
+        raise RunError(
+            f"has all of its {plan.steps} steps already",
+            str(run.path),
+            f"To go on, raise the budget: lorasmith resume {run.path} --set budget.images={2 * plan.images}",
+        )
     checkpoint = load_checkpoint(run.checkpoint(saved[-1])) if saved else None
     if overrides and _is_main_process():
         write_config(plan.config, run.config)
@@ -82,8 +89,11 @@ def load_run(path: Path, step: int | None) -> tuple[RunFolder, Plan, Base, int]:
     saved = run.saved_steps()
     if not saved or (step is not None and step not in saved):
         there = ", ".join(map(str, saved)) or "none"
-        raise RunError(f"has no checkpoint of step {step}" if saved else "has no checkpoint yet", str(run.path),
-                       f"Checkpoints: {there}.")
+        raise RunError(
+            f"has no checkpoint of step {step}" if saved else "has no checkpoint yet",
+            str(run.path),
+            f"Checkpoints: {there}.",
+        )
     chosen = saved[-1] if step is None else step
     plan = make_plan(run.read_config())
     base = load_base(plan.base, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -93,12 +103,12 @@ def load_run(path: Path, step: int | None) -> tuple[RunFolder, Plan, Base, int]:
 
 
 def export_run(
-    path: Path, step: int | None, formats: Sequence[Format], folder: Path | None, precision: FilePrecision
+    path: Path, step: int | None, formats: Sequence[Format], folder: Path | None, precision: Precision
 ) -> list[Path]:
     """Write and verify the files of one checkpoint; returns the `.safetensors` paths."""
     run, plan, base, chosen = load_run(path, step)
     name = plan.config.name if step is None else f"{plan.config.name}-step{chosen:06d}"
-    return export_adapter(base, plan, run, name, chosen, formats, folder or run.exports, precision)
+    return publish(base, plan, run, chosen, name, folder or run.exports, formats, precision)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,15 +134,18 @@ def _carry_out(plan: Plan, run: RunFolder, checkpoint: Checkpoint | None, listen
                 emit(Stopped(trainer.state.step))
             elif main:
                 emit(Phase("exporting and verifying"))
-                exports = export_adapter(trainer.base, plan, run, plan.config.name, trainer.state.step, FORMATS, run.exports)
+                exports = publish(trainer.base, plan, run, trainer.state.step, plan.config.name, run.exports)
                 emit(Done(trainer.state.step, [path.relative_to(run.path).as_posix() for path in exports]))
         trainer.accelerator.end_training()
         by = "" if outcome == "finished" else "signal" if was_interrupted() else "stop file"
         return Finished(run, by, exports)
     except torch.OutOfMemoryError as error:
-        failure = TrainingError("the GPU's memory is full", str(run.path),
-                                "Lower budget.batch (and raise budget.accumulate), or set "
-                                "runtime.gradient_checkpointing = true; then resume.")
+        failure = TrainingError(
+            "the GPU's memory is full",
+            str(run.path),
+            "Lower budget.batch (and raise budget.accumulate), or set "
+            "runtime.gradient_checkpointing = true; then resume.",
+        )
         emit(Failed(str(failure)))
         raise failure from error
     except Exception as error:
@@ -152,8 +165,11 @@ def _config_for_resume(run: RunFolder, overrides: Sequence[str]) -> RunConfig:
     changed = _changes(before.model_dump(), after.model_dump())
     refused = [key for key in changed if not key.startswith(("budget.images", "save.", "sample.", "runtime."))]
     if refused:
-        raise RunError(f"{', '.join(refused)} cannot change within a run", str(run.path),
-                       "Only budget.images, save, sample and runtime can; for anything else start a new run.")
+        raise RunError(
+            f"{', '.join(refused)} cannot change within a run",
+            str(run.path),
+            "Only budget.images, save, sample and runtime can; for anything else start a new run.",
+        )
     return after
 
 
@@ -191,6 +207,3 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
 
 def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-__all__ = ["FORMATS", "Finished", "export_run", "load_run", "merge", "resume", "train"]

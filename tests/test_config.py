@@ -1,0 +1,553 @@
+"""The configuration: one description of a run, and errors that name their place and their fix."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomlkit
+
+from lorasmith.trainer.config import (
+    RunConfig,
+    merge,
+    read_config,
+    read_toml,
+    set_value,
+    settings,
+    to_toml,
+    validate,
+    write_config,
+)
+from lorasmith.trainer.errors import ConfigError, Problem
+
+MINIMAL: dict[str, Any] = {"name": "x", "data": [{"path": "photos"}]}
+
+
+def config_of(**sections: Any) -> RunConfig:
+    return validate({**MINIMAL, **sections}, source="run.toml")
+
+
+def problems_of(values: dict[str, Any]) -> list[Problem]:
+    with pytest.raises(ConfigError) as caught:
+        validate(values, source="run.toml")
+    return caught.value.problems
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def values_of(config: RunConfig) -> dict[str, Any]:
+    """The values by dotted path, the first data table standing for all."""
+    dumped = config.model_dump()
+    dumped["data"] = dumped["data"][0]
+    found = {}
+    for dotted, _ in settings():
+        value: Any = dumped
+        for key in dotted.split("."):
+            value = value[key]
+        found[dotted] = value
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# defaults, and the file that is written
+
+
+def test_three_answers_are_enough_and_the_contract_defaults_follow():
+    values = values_of(validate({"name": "my-style", "data": [{"path": "photos/"}], "base": {"model": "pocket"}}))
+    contract = {
+        "name": "my-style",
+        "seed": 42,
+        "base.model": "pocket",
+        "data.path": "photos/",
+        "data.weight": 1.0,
+        "adapter.kind": "lora",
+        "adapter.rank": 16,
+        "adapter.alpha": 16.0,
+        "adapter.targets": "attention",
+        "adapter.text_encoder": True,
+        "budget.images": 2000,
+        "budget.batch": 4,
+        "budget.accumulate": 1,
+        "optimizer.kind": "adamw",
+        "optimizer.lr": 1e-4,
+        "optimizer.text_encoder_lr": 5e-5,
+        "objective.prediction": "auto",
+        "objective.min_snr_gamma": 5.0,
+        "save.every": 100,
+        "save.keep": "all",
+        "sample.every": 100,
+        "runtime.precision": "auto",
+        "runtime.attention": "auto",
+    }
+    assert {key: values[key] for key in contract} == contract
+
+
+def test_the_written_file_spells_out_every_setting(tmp_path: Path):
+    write_config(config_of(), tmp_path / "config.toml")
+    plain = tomlkit.parse((tmp_path / "config.toml").read_text(encoding="utf-8")).unwrap()
+    plain["data"] = plain["data"][0]
+    found = set()
+    for key, value in plain.items():
+        found |= {f"{key}.{inner}" for inner in value} if isinstance(value, dict) else {key}
+    assert found == {dotted for dotted, _ in settings()}
+
+
+FULL = {
+    "name": "Ölbild 2 - v1.0",
+    "seed": 2**63 - 1,
+    "runs": "C:\\runs \"quoted\" 'single'",
+    "base": {"model": "random:sdxl"},
+    "data": [
+        {"path": "C:\\Users\\me\\Bilder", "trigger": "my style, 💡", "weight": 0.5, "resolution": 768},
+        {"path": "weitere/ä b [1]", "caption_dropout": 0.0},
+    ],
+    "adapter": {"rank": 8, "alpha": 4.5, "targets": "attention+ff+conv", "text_encoder": False},
+    "budget": {"images": 1, "batch": 1, "accumulate": 7},
+    "optimizer": {"lr": 3e-7, "schedule": "linear", "warmup": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0},
+    "objective": {"prediction": "v_prediction", "min_snr_gamma": 0.0, "noise_offset": 0.05},
+    "save": {"every": 0, "keep": 3},
+    "sample": {"every": 0, "prompts": ["a\nb\ttab", 'quote " \\ back', "\u2028\x7f\x01 # no comment", ""]},
+    "runtime": {"precision": "bf16", "attention": "sdpa", "gradient_checkpointing": True, "cache": "/tmp/ca che"},
+}
+
+
+@pytest.mark.parametrize("comments", [True, False], ids=["with comments", "without comments"])
+@pytest.mark.parametrize("values", [MINIMAL, FULL], ids=["defaults", "every kind of value"])
+def test_toml_round_trip_keeps_every_value(values: dict[str, Any], comments: bool):
+    config = validate(values)
+    again = validate(tomlkit.parse(to_toml(config, comments)).unwrap())
+    assert again == config
+
+
+def test_written_file_is_read_back_equal(tmp_path: Path):
+    config = validate({**FULL, "data": [{"path": str(tmp_path / "ä b"), "trigger": "sks"}]})
+    write_config(config, tmp_path / "config.toml")
+    assert read_config(tmp_path / "config.toml") == config
+
+
+def test_writing_twice_gives_the_same_bytes(tmp_path: Path):
+    config = validate(FULL)
+    write_config(config, tmp_path / "a.toml")
+    write_config(validate(read_toml(tmp_path / "a.toml")), tmp_path / "b.toml")
+    assert (tmp_path / "a.toml").read_bytes() == (tmp_path / "b.toml").read_bytes()
+
+
+def test_comments_hold_the_help_of_every_setting():
+    lines = to_toml(config_of()).splitlines()
+    for dotted, field in settings():
+        assert field.description, f"{dotted} has no docstring"
+        key = dotted.rpartition(".")[2]
+        help_line = "# " + field.description.splitlines()[-1].strip()
+        assert any(
+            above == help_line and below.startswith(f"{key} =") for above, below in zip(lines, lines[1:], strict=False)
+        ), f"{dotted} has no comment above it"
+
+
+def test_without_comments_no_line_is_a_comment():
+    assert [line for line in to_toml(config_of(), comments=False).splitlines() if line.startswith("#")] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# errors
+
+
+def test_all_errors_of_a_file_come_at_once_with_dotted_paths(tmp_path: Path):
+    file = write(
+        tmp_path / "run.toml",
+        """
+seed = -1
+[[data]]
+path = "a"
+[[data]]
+path = "b"
+weight = 0
+tigger = "sks"
+[adapter]
+rank = 0
+targets = "all"
+rnak = 8
+[optimizer]
+lr = "fast"
+""",
+    )
+    with pytest.raises(ConfigError) as caught:
+        read_config(file)
+    assert sorted(problem.where for problem in caught.value.problems) == [
+        "run.toml: adapter.rank",
+        "run.toml: adapter.rnak",
+        "run.toml: adapter.targets",
+        "run.toml: data.1.tigger",
+        "run.toml: data.1.weight",
+        "run.toml: name",
+        "run.toml: optimizer.lr",
+        "run.toml: seed",
+    ]
+    assert caught.value.exit_code == 2
+    assert len(str(caught.value).splitlines()) == 8
+
+
+def test_settings_without_effect_are_reported_together_with_other_errors():
+    found = problems_of({**MINIMAL, "adapter": {"rnak": 8}, "optimizer": {"lr": 0}})
+    assert {problem.where for problem in found} == {"run.toml: adapter.rnak", "run.toml: optimizer.lr"}
+
+
+@pytest.mark.parametrize(
+    ("values", "where", "fix"),
+    [
+        ({"adapter": {"rnak": 8}}, "adapter.rnak", "Did you mean adapter.rank?"),
+        ({"lr": 1e-4}, "lr", "Did you mean optimizer.lr?"),
+        ({"adaptor": {}}, "adaptor", "Did you mean adapter?"),
+        ({"data": [{"path": "p", "tigger": "x"}]}, "data.0.tigger", "Did you mean data.trigger?"),
+        ({"budget": {"batchsize": 2}}, "budget.batchsize", "Did you mean budget.batch?"),
+        ({"base": {"rank": 2}}, "base.rank", "Did you mean adapter.rank?"),
+        (
+            {"save": {"zzz": 2}},
+            "save.zzz",
+            "Known here: save.every, save.keep.",
+        ),
+    ],
+    ids=["spelling", "wrong section", "section", "list of tables", "longer word", "another section", "nothing near"],
+)
+def test_an_unknown_key_is_an_error_with_a_suggestion(values: dict[str, Any], where: str, fix: str):
+    assert problems_of({**MINIMAL, **values}) == [Problem(f"run.toml: {where}", "unknown key", fix)]
+
+
+@pytest.mark.parametrize("key", ["interval", "int", "constrained_by", "literal[x"])
+def test_an_unknown_key_is_named_whatever_it_is_called(key: str):
+    assert [problem.where for problem in problems_of({**MINIMAL, "save": {key: 5}})] == [f"run.toml: save.{key}"]
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (
+            {"adapter": {"rank": 0}},
+            "run.toml: adapter.rank: should be greater than or equal to 1 (it is 0). Width of the low-rank matrices.",
+        ),
+        (
+            {"adapter": {"targets": "all"}},
+            "run.toml: adapter.targets: should be 'attention', 'attention+ff' or 'attention+ff+conv' (it is 'all').",
+        ),
+        (
+            {"save": {"keep": 0}},
+            'run.toml: save.keep: must be "all" or a number of at least 1 (it is 0).',
+        ),
+        ({"name": ""}, "run.toml: name: String should have at least 1 character (it is '')."),
+        ({"data": []}, "run.toml: data: List should have at least 1 item"),
+        ({"optimizer": {"lr": float("nan")}}, "run.toml: optimizer.lr: should be a finite number (it is nan)."),
+        ({"budget": {"images": 0.5}}, "run.toml: budget.images: should be a valid integer"),
+    ],
+    ids=["rank 0", "choice", "keep 0", "empty name", "no data", "nan", "half an image"],
+)
+def test_a_wrong_value_is_shown_with_what_is_allowed(values: dict[str, Any], line: str):
+    [problem] = problems_of({**MINIMAL, **values})
+    assert str(problem).startswith(line)
+
+
+def test_a_wrong_keep_gives_one_problem():
+    assert [problem.where for problem in problems_of({**MINIMAL, "save": {"keep": "some"}})] == ["run.toml: save.keep"]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("adapter", "rank", True), ("save", "keep", True), ("optimizer", "lr", True), ("budget", "images", "100")],
+    ids=["rank true", "keep true", "lr true", "images in quotes"],
+)
+def test_a_value_of_another_type_is_refused(section: str, key: str, value: Any):
+    assert [p.where for p in problems_of({**MINIMAL, section: {key: value}})] == [f"run.toml: {section}.{key}"]
+
+
+def test_a_whole_number_stands_for_a_float():
+    assert config_of(adapter={"alpha": 8}).adapter.alpha == 8.0
+
+
+def test_missing_answers_say_how_to_give_them():
+    assert problems_of({}) == [
+        Problem("run.toml: name", "is missing", 'Add a line such as: name = "my-style"'),
+        Problem("run.toml: data", "is missing", 'Add a table: [[data]] and under it path = "photos/"'),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# names
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "a/b", "a\\b", "..", ".", ".hidden", "-x", "_x", " x", "x ", "x.", "a:b", "a\nb", "a\n", "a*", 'a"b', "a|b"],
+)
+def test_a_name_that_is_no_plain_file_name_is_refused(name: str):
+    [problem] = problems_of({**MINIMAL, "name": name})
+    assert problem.where == "run.toml: name"
+    assert problem.what.startswith("must start with a letter or digit and hold only letters, digits, spaces and . _ -")
+
+
+@pytest.mark.parametrize("name", ["con", "NUL", "aux", "com1", "LPT9", "nul.v2"])
+def test_a_name_that_windows_reserves_is_refused(name: str):
+    assert [problem.where for problem in problems_of({**MINIMAL, "name": name})] == ["run.toml: name"]
+
+
+@pytest.mark.parametrize("name", ["a", "my-style", "My Style 2.1", "Öl", "絵", "2nd_try", "console", "x" * 100])
+def test_a_plain_name_is_kept(name: str):
+    assert config_of(name=name).name == name
+
+
+def test_a_name_of_101_letters_is_refused():
+    assert [problem.where for problem in problems_of({**MINIMAL, "name": "x" * 101})] == ["run.toml: name"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings without effect
+
+
+@pytest.mark.parametrize(
+    ("key", "part"), [("lr", "unet"), ("text_encoder_lr", "text_encoder")], ids=["unet", "text encoder"]
+)
+def test_learning_rate_0_of_a_trained_part_is_an_error(key: str, part: str):
+    assert problems_of({**MINIMAL, "optimizer": {key: 0}}) == [
+        Problem(
+            f"run.toml: optimizer.{key}",
+            f"is 0, so adapter.{part} would be trained without changing",
+            f"Give a rate above 0, or set adapter.{part} = false.",
+        )
+    ]
+
+
+def test_both_learning_rates_0_are_two_problems():
+    found = problems_of({**MINIMAL, "optimizer": {"lr": 0, "text_encoder_lr": 0}})
+    assert [problem.where for problem in found] == ["run.toml: optimizer.lr", "run.toml: optimizer.text_encoder_lr"]
+
+
+def test_a_part_switched_off_by_name_may_have_rate_0_and_reads_0_if_not_given():
+    off = {"text_encoder": False}
+    assert config_of(adapter=off).optimizer.text_encoder_lr == 0
+    assert config_of(adapter=off, optimizer={"text_encoder_lr": 0}).optimizer.text_encoder_lr == 0
+    assert config_of(adapter=off).optimizer.lr == 1e-4
+
+
+def test_a_rate_for_a_part_that_is_off_has_no_effect_and_is_an_error():
+    assert problems_of({**MINIMAL, "adapter": {"unet": False}, "optimizer": {"lr": 1e-3}}) == [
+        Problem(
+            "run.toml: optimizer.lr",
+            "has no effect, because adapter.unet is false",
+            "Remove it (or set it to 0), or set adapter.unet = true.",
+        )
+    ]
+
+
+def test_nothing_trained_is_an_error():
+    [problem] = problems_of({**MINIMAL, "adapter": {"unet": False, "text_encoder": False}})
+    assert problem.where == "run.toml: adapter.unet"
+    assert problem.what == "nothing is trained: adapter.text_encoder is off as well"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# precedence and --set
+
+
+def test_precedence_is_default_then_recipe_then_file_then_set(tmp_path: Path):
+    file = write(
+        tmp_path / "run.toml",
+        'name = "x"\n[[data]]\npath = "p"\n[adapter]\nrank = 3\nalpha = 3\n[budget]\nbatch = 3\n',
+    )
+    recipe = {"adapter": {"rank": 2, "alpha": 2}, "budget": {"batch": 2, "images": 2}, "optimizer": {"lr": 2e-3}}
+    config = read_config(file, ["adapter.rank=4", "seed=4"], recipe)
+    found = values_of(config)
+    expected = {
+        "adapter.rank": 4,
+        "adapter.alpha": 3.0,
+        "budget.batch": 3,
+        "budget.images": 2,
+        "optimizer.lr": 2e-3,
+        "budget.accumulate": 1,
+        "seed": 4,
+    }
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_the_recipe_is_left_as_it_was(tmp_path: Path):
+    file = write(tmp_path / "run.toml", 'name = "x"\n[[data]]\npath = "p"\n')
+    recipe = {"adapter": {"rank": 2}}
+    before = copy.deepcopy(recipe)
+    assert read_config(file, ["adapter.rank=4"], recipe).adapter.rank == 4
+    assert recipe == before
+
+
+@pytest.mark.parametrize(
+    ("override", "dotted", "value"),
+    [
+        ("adapter.rank=8", "adapter.rank", 8),
+        ("adapter.rank = 8 ", "adapter.rank", 8),
+        ("optimizer.lr=3e-4", "optimizer.lr", 3e-4),
+        ("runtime.gradient_checkpointing=true", "runtime.gradient_checkpointing", True),
+        ("adapter.targets=attention+ff", "adapter.targets", "attention+ff"),
+        ('adapter.targets="attention+ff"', "adapter.targets", "attention+ff"),
+        ("save.keep=2", "save.keep", 2),
+        ("save.keep=all", "save.keep", "all"),
+        ('sample.prompts=["a, b", "c"]', "sample.prompts", ["a, b", "c"]),
+        ("sample.negative_prompt=", "sample.negative_prompt", ""),
+        ("sample.negative_prompt=a=b", "sample.negative_prompt", "a=b"),
+        ("data.trigger=sks", "data.trigger", "sks"),
+        ("data.0.trigger=sks", "data.trigger", "sks"),
+        ("name=2024 b", "name", "2024 b"),
+        ('name="2024"', "name", "2024"),
+        ("runs=C:\\my runs", "runs", "C:\\my runs"),
+    ],
+)
+def test_set_gives_a_value_its_type(tmp_path: Path, override: str, dotted: str, value: Any):
+    file = write(tmp_path / "run.toml", 'name = "x"\n[[data]]\npath = "p"\n')
+    found = values_of(read_config(file, [override]))[dotted]
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_the_last_of_two_sets_wins(tmp_path: Path):
+    file = write(tmp_path / "run.toml", 'name = "x"\n[[data]]\npath = "p"\n')
+    assert read_config(file, ["adapter.rank=8", "adapter.rank=9"]).adapter.rank == 9
+
+
+def test_set_reaches_each_data_table_and_can_add_one(tmp_path: Path):
+    file = write(tmp_path / "run.toml", 'name = "x"\n[[data]]\npath = "p"\n[[data]]\npath = "q"\n')
+    config = read_config(file, ["data.path=a", "data.1.path=b", "data.2.path=c", "data.2.weight=2"])
+    assert [Path(data.path).name for data in config.data] == ["a", "b", "c"]
+    assert [data.weight for data in config.data] == [1.0, 1.0, 2.0]
+
+
+def test_set_can_give_the_only_data_table(tmp_path: Path):
+    file = write(tmp_path / "run.toml", 'name = "x"\n')
+    assert Path(read_config(file, ["data.path=a"]).data[0].path) == (tmp_path / "a").resolve()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "adapter.rank",
+        "=3",
+        "adapter..rank=3",
+        ".rank=3",
+        "data.3.path=x",
+        "data.-1.path=x",
+        "data.².path=x",
+        "data.0.path.x=1",
+        "name.a.b=1",
+    ],
+)
+def test_a_set_that_names_no_setting_is_refused_with_its_place(tmp_path: Path, override: str):
+    file = write(tmp_path / "run.toml", 'name = "x"\n[[data]]\npath = "p"\n')
+    with pytest.raises(ConfigError) as caught:
+        read_config(file, [override])
+    assert [problem.where for problem in caught.value.problems] == [f"--set {override}"]
+
+
+def test_set_of_an_unknown_key_is_an_error(tmp_path: Path):
+    file = write(tmp_path / "run.toml", 'name = "x"\n[[data]]\npath = "p"\n')
+    with pytest.raises(ConfigError, match=r"adapter\.rnak: unknown key\. Did you mean adapter\.rank\?"):
+        read_config(file, ["adapter.rnak=8"])
+
+
+def test_merge_lays_tables_over_tables_and_replaces_anything_else():
+    under = {"a": {"x": 1, "y": 1}, "b": [1, 2], "c": 1}
+    assert merge(under, {"a": {"y": 2}, "b": [3], "d": 4}) == {"a": {"x": 1, "y": 2}, "b": [3], "c": 1, "d": 4}
+    assert under == {"a": {"x": 1, "y": 1}, "b": [1, 2], "c": 1}
+
+
+def test_set_value_changes_only_what_it_names():
+    values = {"adapter": {"rank": 1, "alpha": 2}}
+    set_value(values, "adapter.rank=8")
+    assert values == {"adapter": {"rank": 8, "alpha": 2}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def test_relative_data_paths_count_from_the_file_not_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    file = write(tmp_path / "conf" / "run.toml", 'name = "x"\n[[data]]\npath = "photos"\n[[data]]\npath = "../other"\n')
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    expected = [str((tmp_path / "conf" / "photos").resolve()), str((tmp_path / "other").resolve())]
+    assert [data.path for data in read_config(file).data] == expected
+    assert [data.path for data in read_config(Path("..", "conf", "run.toml")).data] == expected
+
+
+def test_an_absolute_data_path_is_kept(tmp_path: Path):
+    folder = tmp_path.resolve() / "photos"
+    text = tomlkit.dumps({"name": "x", "data": [{"path": str(folder)}]})
+    assert read_config(write(tmp_path / "run.toml", text)).data[0].path == str(folder)
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path):
+    file = tmp_path / "run.toml"
+    file.write_bytes(b'\xef\xbb\xbfname = "x"\r\n[[data]]\r\npath = "p"\r\n')
+    assert read_config(file).name == "x"
+
+
+def test_a_missing_file_says_how_to_write_one(tmp_path: Path):
+    with pytest.raises(ConfigError) as caught:
+        read_config(tmp_path / "no.toml")
+    assert caught.value.problems == [
+        Problem(str(tmp_path / "no.toml"), "no such file", "Write one with: lorasmith init FILE --images DIR")
+    ]
+
+
+def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError) as caught:
+        read_config(tmp_path)
+    assert caught.value.problems == [
+        Problem(str(tmp_path), "is a folder, not a configuration file", "Name a .toml file.")
+    ]
+
+
+def test_a_path_below_a_file_is_refused(tmp_path: Path):
+    write(tmp_path / "file", "")
+    with pytest.raises(ConfigError):
+        read_config(tmp_path / "file" / "run.toml")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["name = \"\xe4\"".encode("latin-1"), 'name = "x"'.encode("utf-16")],
+    ids=["latin-1", "utf-16"],
+)
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path, content: bytes):
+    (tmp_path / "run.toml").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        read_config(tmp_path / "run.toml")
+    [problem] = caught.value.problems
+    assert problem.where == str(tmp_path / "run.toml")
+    assert problem.what.startswith("is not UTF-8 text (")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('name = "x"\nseed = \n', 2),
+        ('name = "x"\nname = "y"\n', 2),
+        ("[adapter\n", 1),
+        ('name = "x"\n\nwhen = 2024-13-45\n', 3),
+    ],
+    ids=["no value", "a key twice", "open bracket", "no such date"],
+)
+def test_invalid_toml_names_its_line(tmp_path: Path, text: str, line: int):
+    with pytest.raises(ConfigError) as caught:
+        read_config(write(tmp_path / "run.toml", text))
+    [problem] = caught.value.problems
+    assert problem.where == str(tmp_path / "run.toml")
+    assert problem.what.startswith("is not valid TOML: ")
+    assert f"line {line} " in problem.what
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the fields, for those who show them
+
+
+def test_settings_lists_each_setting_once_in_file_order():
+    names = [dotted for dotted, _ in settings()]
+    assert len(names) == len(set(names))
+    assert names[:5] == ["name", "seed", "runs", "base.model", "data.path"]
+    assert names[-1] == "runtime.cache"
