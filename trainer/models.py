@@ -77,8 +77,9 @@ class FamilyXL(Family):
 
     def unread_layers(self, component: str, module: nn.Module) -> str | None:
         """The first text encoder's last layer: only the layer before it is read."""
-        last = module.config.num_hidden_layers - 1
-        return rf".*encoder\.layers\.{last}\..*" if component == "text_encoder" else None
+        if component != "text_encoder":
+            return None
+        return rf".*encoder\.layers\.{module.config.num_hidden_layers - 1}\..*"
 
     def encode(self, text_encoders: Sequence[nn.Module], ids: Sequence[Tensor]) -> Conditions:
         outputs = [encoder(i, output_hidden_states=True) for encoder, i in zip(text_encoders, ids, strict=True)]

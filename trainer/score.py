@@ -1,17 +1,17 @@
 """How much of a style did a LoRA learn, and does it still draw what the prompt asks for?
 
 The *style measure* is a logistic regression that learns, from true pictures of two styles, which style a
-picture has. It sees statistics of the VAE encoder's feature maps (channel means and deviations, the "style" of
-Huang and Belongie, https://arxiv.org/abs/1703.06868), and only pictures that have been through the VAE, so that
-traces of the VAE in generated pictures tell it nothing. Its accuracy on true pictures it has not seen says how
-far to trust it.
+picture has. It sees statistics of the VAE encoder's feature maps (channel means and deviations, the "style"
+of Huang and Belongie, https://arxiv.org/abs/1703.06868), and only pictures that have been through the VAE,
+so that traces of the VAE in generated pictures tell it nothing. Its accuracy on true pictures it has not
+seen says how far to trust it.
 
-The *colour layout* of a picture is a 16 x 16 thumbnail. Its distance to the true picture of the same concept
-tells whether the prompt is still followed. The true picture is the one in the *target* style, for the pictures
-without and with the LoRA alike: a LoRA is asked to leave the base's colours, so distance to the base's picture
-would punish just what it is for. A part of the gain is the style's own colours, though; so the distance to the
-target pictures of *other* concepts (`wrong_concept_distance`) is the ceiling to compare with. A LoRA that draws
-one and the same thing whatever is asked reaches that ceiling.
+The *colour layout* of a picture is a 16 x 16 thumbnail. Its distance to the true picture of the same
+concept tells whether the prompt is still followed. The true picture is the one in the *target* style, for
+the pictures without and with the LoRA alike: a LoRA is asked to leave the base's colours, so distance to
+the base's picture would punish just what it is for. A part of the gain is the style's own colours, though;
+so the distance to the target pictures of *other* concepts (`wrong_concept_distance`) is the ceiling to
+compare with. A LoRA that draws one and the same thing whatever is asked reaches that ceiling.
 
 Images are float tensors of shape [N, 3, H, W] with values in [-1, 1] everywhere.
 """
@@ -32,7 +32,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 BATCH = 16  # pictures that go through the VAE at once: bounds memory, changes no result
 INVERSE_REGULARISATION = 1.0  # scikit-learn's C: a unit Gaussian prior on the standardised weights
@@ -51,7 +51,7 @@ def pass_through(vae: AutoencoderKL, images: Tensor) -> Tensor:
 def vae_features(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Mean and standard deviation over the picture of every channel after every encoder block: [N, F].
 
-    F is twice the sum of the blocks' widths. The blocks are those that halve the picture and the middle one.
+    F is twice the sum of the blocks' widths. The blocks are the down blocks and the middle one.
     """
     return torch.cat([_block_statistics(vae, batch) for batch in _batches(vae, images)])
 
@@ -61,8 +61,9 @@ def _batches(vae: AutoencoderKL, images: Tensor) -> list[Tensor]:
 
 
 def _reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    latents = vae.encode(images).latent_dist.mode()
-    return vae.decode(latents).sample.float().clamp(-1, 1).cpu()
+    latents = vae.encode(images, return_dict=False)[0].mode()
+    decoded = vae.decode(latents, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
+    return decoded.float().clamp(-1, 1).cpu()
 
 
 def _block_statistics(vae: AutoencoderKL, images: Tensor) -> Tensor:
