@@ -43,7 +43,13 @@ def test_putting_the_trigger_twice_changes_nothing_more(caption: str):
 
 @pytest.mark.parametrize(
     ("caption", "word", "expected"),
-    [("a cat.", "cat", True), ("CAT", "cat", True), ("cats", "cat", False), ("a+b", "a+b", True), ("aab", "a+b", False)],
+    [
+        ("a cat.", "cat", True),
+        ("CAT", "cat", True),
+        ("cats", "cat", False),
+        ("a+b", "a+b", True),
+        ("aab", "a+b", False),
+    ],
 )
 def test_a_word_is_found_only_when_it_stands_alone(caption: str, word: str, expected: bool):
     assert has_word(caption, word) is expected

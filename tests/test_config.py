@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,9 @@ def test_comments_hold_the_help_of_every_setting():
         assert field.description, f"{dotted} has no docstring"
         key = dotted.rpartition(".")[2]
         help_line = "# " + field.description.splitlines()[-1].strip()
-        assert any(
-            above == help_line and below.startswith(f"{key} =") for above, below in zip(lines, lines[1:], strict=False)
-        ), f"{dotted} has no comment above it"
+        assert any(above == help_line and below.startswith(f"{key} =") for above, below in pairwise(lines)), (
+            f"{dotted} has no comment above it"
+        )
 
 
 def test_without_comments_no_line_is_a_comment():
@@ -249,6 +250,11 @@ def test_a_wrong_value_is_shown_with_what_is_allowed(values: dict[str, Any], lin
     assert str(problem).startswith(line)
 
 
+def test_a_weight_so_small_that_an_image_would_never_come_is_refused():
+    found = problems_of({**MINIMAL, "data": [{"path": "p", "weight": 1e-9}]})
+    assert [problem.where for problem in found] == ["run.toml: data.0.weight"]
+
+
 def test_a_wrong_keep_gives_one_problem():
     assert [problem.where for problem in problems_of({**MINIMAL, "save": {"keep": "some"}})] == ["run.toml: save.keep"]
 
@@ -279,7 +285,25 @@ def test_missing_answers_say_how_to_give_them():
 
 @pytest.mark.parametrize(
     "name",
-    ["../x", "a/b", "a\\b", "..", ".", ".hidden", "-x", "_x", " x", "x ", "x.", "a:b", "a\nb", "a\n", "a*", 'a"b', "a|b"],
+    [
+        "../x",
+        "a/b",
+        "a\\b",
+        "..",
+        ".",
+        ".hidden",
+        "-x",
+        "_x",
+        " x",
+        "x ",
+        "x.",
+        "a:b",
+        "a\nb",
+        "a\n",
+        "a*",
+        'a"b',
+        "a|b",
+    ],
 )
 def test_a_name_that_is_no_plain_file_name_is_refused(name: str):
     [problem] = problems_of({**MINIMAL, "name": name})
@@ -511,7 +535,7 @@ def test_a_path_below_a_file_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "content",
-    ["name = \"\xe4\"".encode("latin-1"), 'name = "x"'.encode("utf-16")],
+    ['name = "\xe4"'.encode("latin-1"), 'name = "x"'.encode("utf-16")],
     ids=["latin-1", "utf-16"],
 )
 def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path, content: bytes):

@@ -1,0 +1,618 @@
+"""An exported file is the trained model: same names in every client, same scale, same pictures; or it is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPTextConfig
+
+from lorasmith.trainer.adapter import ADAPTER, lora_modules, put_on, strength
+from lorasmith.trainer.architectures import ARCHITECTURES
+from lorasmith.trainer.bases import FAMILY_TITLES, BaseInfo, FamilyName, inspect_base
+from lorasmith.trainer.config import AdapterSection, RunConfig
+from lorasmith.trainer.errors import ExportError, UserError
+from lorasmith.trainer.export import Facts, FolderFacts, export, inspect, tensors, verify, write
+from lorasmith.trainer.keys import Format, diffusers_name, grammar, kohya_name
+from lorasmith.trainer.lorafile import LoraFile
+from lorasmith.trainer.models import FAMILIES, Base, load_base
+from lorasmith.trainer.verify import EFFECT_TOLERANCE, WEIGHT_TOLERANCE
+
+from .tiny import MAKERS
+
+FORMATS: list[Format] = ["kohya", "diffusers"]
+NAMES: list[FamilyName] = ["sd1", "sd2", "sdxl"]
+# Of the adapter's own effect on the picture. fp16 rounding gives 0.0005 to 0.004; these untrained networks amplify it.
+PICTURE_TOLERANCE = 0.01
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny diffusers folder of each family; `sdxl-small` has one layer a block, so another sgm numbering."""
+    place = tmp_path_factory.mktemp("bases")
+    made = {name: make(place / name) for name, make in MAKERS.items()}
+    return made | {"sdxl-small": MAKERS["sdxl"](place / "sdxl-small", layers_per_block=1)}
+
+
+def trained(folder: Path, scale: float = 0.5, **settings: Any) -> Base:
+    """A base with an adapter whose weights are not zero."""
+    base = load_base(inspect_base(str(folder)))
+    put_on(base, AdapterSection(**({"rank": 4, "alpha": 4.0} | settings)), seed=1)
+    generator = torch.Generator().manual_seed(5)
+    for component in base.components.values():
+        for lora in lora_modules(component):
+            lora.up.copy_(torch.randn(lora.up.shape, generator=generator) * scale)
+    return base
+
+
+def mix(base: Base) -> Base:
+    """Other ranks and alphas in every third layer, rank-stabilised scaling in every fifth."""
+    generator = torch.Generator().manual_seed(6)
+    for component in base.components.values():
+        layers = [layer for layer in component.modules() if ADAPTER in getattr(layer, "scaling", {})]
+        for i, layer in enumerate(layers):
+            if i % 3 == 0:
+                down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+                down.weight = nn.Parameter(torch.randn(2, *down.weight.shape[1:], generator=generator) * 0.1)
+                up.weight = nn.Parameter(torch.randn(len(up.weight), 2, *up.weight.shape[2:], generator=generator))
+                layer.r[ADAPTER], layer.lora_alpha[ADAPTER] = 2, 3.0
+            layer.use_rslora[ADAPTER] = i % 5 == 0
+            rank = layer.r[ADAPTER]
+            layer.scaling[ADAPTER] = layer.lora_alpha[ADAPTER] / (rank**0.5 if i % 5 == 0 else rank)
+    return base
+
+
+def freshly(base: Base) -> Base:
+    return load_base(base.info)
+
+
+def plain_pipeline(folder: Path, family: str) -> Any:
+    """As a user of diffusers gets it."""
+    if family.startswith("sdxl"):
+        pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    else:
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def picture(pipeline: Any) -> np.ndarray:
+    """One picture, (height, width, 3) in [0, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    prompt = "emoji of a red apple"
+    return pipeline(prompt, num_inference_steps=3, guidance_scale=3.0, generator=generator, output_type="np").images[0]
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.sqrt(((a - b) ** 2).mean()))
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "alpha is rank": {},
+    "alpha is not rank": {"alpha": 6.0},
+    "all layers": {"targets": "attention+ff+conv", "alpha": 2.0},
+    "mixed": {"targets": "attention+ff", "alpha": 2.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "format", "case"), [*itertools.product(NAMES, FORMATS, CASES), ("sdxl-small", "kohya", "all layers")]
+)
+def test_a_plain_pipeline_draws_the_same_picture(
+    folders: dict[str, Path], tmp_path: Path, family: str, format: Format, case: str
+):
+    base = trained(folders[family], **CASES[case])
+    if case == "mixed":
+        mix(base)
+    exported = export(base, tmp_path / "style.safetensors", Facts("style"), lambda: freshly(base), format)
+
+    pipeline = plain_pipeline(folders[family], family)
+    before = picture(pipeline)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="style.safetensors")
+    live, loaded = picture(base.pipeline()), picture(pipeline)
+    assert distance(live, before) > 0.01  # one hundredth of the whole range: clearly another picture
+    assert distance(live, loaded) < PICTURE_TOLERANCE * distance(live, before)
+
+    found = exported.verification
+    assert found is not None
+    assert found.weight_error < WEIGHT_TOLERANCE[torch.float16] / 2
+    assert set(found.answers) == set(base.components)
+    assert all(answer.error < EFFECT_TOLERANCE[torch.float16] / 2 for answer in found.answers.values())
+    leaves = 3 if format == "kohya" else 2
+    assert exported.keys == {name: leaves * count for name, count in found.modules.items()}
+
+
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-6), ("fp16", 1e-3), ("bf16", 8e-3)])
+def test_each_precision_keeps_its_promise(folders: dict[str, Path], tmp_path: Path, precision: Any, error: float):
+    base = trained(folders["sd1"], alpha=1.0)
+    exported = export(base, tmp_path / "a.safetensors", Facts("a"), lambda: freshly(base), "kohya", precision)
+    assert exported.verification is not None
+    assert exported.verification.weight_error < error
+    sizes = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+    dtypes = LoraFile.open(exported.path).dtypes
+    assert {dtype for key, dtype in dtypes.items() if key.endswith(".weight")} == {sizes[precision]}
+    assert {dtype for key, dtype in dtypes.items() if key.endswith(".alpha")} == {"F32"}
+
+
+def test_an_adapter_after_one_step_survives_fp16(folders: dict[str, Path], tmp_path: Path):
+    base = trained(folders["sd2"], scale=1e-6)
+    found = export(base, tmp_path / "young.safetensors", Facts("young"), lambda: freshly(base)).verification
+    assert found is not None
+    assert found.weight_error < 1e-3
+    assert all(answer.strength > 1 for answer in found.answers.values())
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_one_component_alone(folders: dict[str, Path], tmp_path: Path, part: str):
+    other = {"unet": "text_encoder", "text_encoder": "unet"}[part]
+    base = trained(folders["sd1"], **{other: False})
+    found = export(base, tmp_path / "part.safetensors", Facts("part"), lambda: freshly(base)).verification
+    assert found is not None
+    assert set(found.modules) == set(found.answers) == {part}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is refused
+
+
+def spoil(base: Base, path: Path, change: Any, format: Format = "kohya") -> None:
+    """Write a good file, then change its tensors; the header stays that of a file with these tensors."""
+    write(base, path, format, Facts("spoilt"))
+    weights, header = load_file(path), {"ss_v2": "False"}
+    change(weights)
+    save_file(weights, path, header)
+
+
+def double_alpha(weights: dict[str, Any]) -> None:
+    for key in weights:
+        if key.startswith("lora_te_") and key.endswith(".alpha"):
+            weights[key] = weights[key] * 2
+
+
+def alpha_is_rank(weights: dict[str, Any]) -> None:
+    for key in weights:
+        if key.endswith(".alpha"):
+            weights[key] = torch.tensor(4.0)
+
+
+def mixed_alphas(weights: dict[str, Any]) -> None:
+    """The right change in each layer, but diffusers would apply one alpha to all."""
+    name = next(key for key in weights if key.endswith("attn1_to_q.alpha")).removesuffix(".alpha")
+    weights[f"{name}.alpha"] *= 2
+    weights[f"{name}.lora_up.weight"] /= 2
+
+
+def integer_alpha(weights: dict[str, Any]) -> None:
+    key = next(key for key in weights if key.endswith(".alpha"))
+    weights[key] = weights[key].to(torch.int64)
+
+
+def drop_a_layer(weights: dict[str, Any]) -> None:
+    for key in [key for key in weights if key.startswith("lora_te_text_model_encoder_layers_1_self_attn_k")]:
+        del weights[key]
+
+
+def drop_text_model(weights: dict[str, Any]) -> None:
+    for key in [key for key in weights if "text_model_" in key]:
+        weights[key.replace("text_model_", "")] = weights.pop(key)
+
+
+def te1_on_sd1(weights: dict[str, Any]) -> None:
+    for key in [key for key in weights if key.startswith("lora_te_")]:
+        weights[key.replace("lora_te_", "lora_te1_")] = weights.pop(key)
+
+
+def add_a_key(weights: dict[str, Any]) -> None:
+    weights["bundle_emb.style.string_to_param.*"] = torch.zeros(1)
+
+
+def put_nan(weights: dict[str, Any]) -> None:
+    next(tensor for key, tensor in weights.items() if key.endswith("up.weight"))[0, 0] = float("nan")
+
+
+def still_component(weights: dict[str, Any]) -> None:
+    for key, tensor in weights.items():
+        if key.startswith("lora_te_") and key.endswith("up.weight"):
+            tensor.zero_()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (double_alpha, "lora_te_text_model.*off by 100.00%.*alpha 4 at rank 4, live 2 at 4"),
+        (alpha_is_rank, "off by 100.00%"),
+        (mixed_alphas, "unet has several alphas"),
+        (integer_alpha, "not a single fp32 number"),
+        (drop_a_layer, "layers_1_self_attn_k_proj.* was trained, but is missing"),
+        (drop_text_model, "lora_te_encoder_layers_0.* is not a name that clients read"),
+        (te1_on_sd1, "lora_te1_.* is not a name that clients read"),
+        (add_a_key, r"bundle_emb.* is not a name"),
+        (put_nan, "NaN"),
+        (still_component, "text_encoder was trained, but all its changes are zero"),
+    ],
+)
+def test_a_file_that_differs_is_rejected(folders: dict[str, Path], tmp_path: Path, change: Any, says: str):
+    base, path = trained(folders["sd1"], alpha=2.0), tmp_path / "bad.safetensors"
+    spoil(base, path, change)
+    with pytest.raises(ExportError, match=re.compile(says, re.DOTALL)) as caught:
+        verify(path, base, lambda: freshly(base))
+    assert not path.exists()
+    assert (tmp_path / "bad.safetensors.rejected").exists()
+    assert "bad.safetensors.rejected" in str(caught.value)
+    assert len(caught.value.problems) <= 6
+
+
+def test_a_diffusers_file_without_text_model_is_rejected(folders: dict[str, Path], tmp_path: Path):
+    def drop(weights: dict[str, Any]) -> None:
+        for key in [key for key in weights if ".text_model." in key]:
+            weights[key.replace(".text_model.", ".")] = weights.pop(key)
+
+    base, path = trained(folders["sd1"]), tmp_path / "bad.safetensors"
+    spoil(base, path, drop, "diffusers")
+    plain_pipeline(folders["sd1"], "sd1").load_lora_weights(str(tmp_path), weight_name=path.name)  # diffusers takes it
+    with pytest.raises(ExportError, match="is not a name that clients read"):
+        verify(path, base, lambda: freshly(base))
+
+
+def test_one_diffusers_name_among_sgm_names_is_rejected(folders: dict[str, Path], tmp_path: Path):
+    def rename(weights: dict[str, Any]) -> None:
+        for key in [key for key in weights if key.startswith("lora_unet_middle_block_1_proj_in")]:
+            weights[key.replace("middle_block_1", "mid_block_attentions_0")] = weights.pop(key)
+
+    base, path = trained(folders["sdxl"], targets="attention+ff"), tmp_path / "bad.safetensors"
+    spoil(base, path, rename)
+    with pytest.raises(ExportError, match=r"lora_unet_mid_block_attentions_0_proj_in.* is not a name"):
+        verify(path, base, lambda: freshly(base))
+
+
+def test_metadata_that_breaks_diffusers_or_lies_is_rejected(folders: dict[str, Path], tmp_path: Path):
+    base, path = trained(folders["sd1"]), tmp_path / "bad.safetensors"
+    for header, says in (({"lora_adapter_metadata": "{}"}, "diffusers refuse"), ({"sshs_model_hash": "0"}, "hash")):
+        write(base, path, "kohya", Facts("bad"))
+        save_file(load_file(path), path, header)
+        with pytest.raises(ExportError, match=says):
+            verify(path, base, lambda: freshly(base))
+
+
+def test_a_cut_file_is_rejected(folders: dict[str, Path], tmp_path: Path):
+    base, path = trained(folders["sd1"]), tmp_path / "bad.safetensors"
+    write(base, path, "kohya", Facts("bad"))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ExportError, match="not a whole safetensors file"):
+        verify(path, base, lambda: freshly(base))
+
+
+def test_a_pipeline_that_answers_otherwise_is_rejected(folders: dict[str, Path], tmp_path: Path):
+    base, path = trained(folders["sd1"]), tmp_path / "bad.safetensors"
+    write(base, path, "kohya", Facts("bad"))
+
+    def other_base() -> Base:
+        fresh = freshly(base)
+        fresh.unet.conv_in.weight.data *= 1.05
+        return fresh
+
+    with pytest.raises(ExportError, match="output of unet in a fresh pipeline is off"):
+        verify(path, base, other_base)
+
+
+def live_nan(base: Base) -> None:
+    next(lora_modules(base.unet)).up[0, 0] = float("nan")
+
+
+def live_too_large(base: Base) -> None:
+    next(lora_modules(base.unet)).up[0, 0] = 1e6
+
+
+def live_zero(base: Base) -> None:
+    for lora in lora_modules(base.text_encoders["text_encoder"]):
+        lora.up.zero_()
+
+
+def live_merged(base: Base) -> None:
+    next(layer for layer in base.unet.modules() if ADAPTER in getattr(layer, "scaling", {})).merge()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (live_nan, r"unet.*lora_up.weight: holds NaN"),
+        (live_too_large, "beyond the range of float16"),
+        (live_zero, "text_encoder: was trained, but all its changes are zero"),
+        (live_merged, "merged"),
+    ],
+)
+def test_a_live_model_that_cannot_be_written_is_refused(
+    folders: dict[str, Path], tmp_path: Path, change: Any, says: str
+):
+    base = trained(folders["sd1"])
+    change(base)
+    with pytest.raises(ExportError, match=says):
+        export(base, tmp_path / "bad.safetensors", Facts("bad"), lambda: freshly(base))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_trained_strength_is_exported(folders: dict[str, Path]):
+    base = trained(folders["sd1"])
+    with strength(base, 0.5), pytest.raises(ExportError, match=r"strength 0.5, not 1"):
+        tensors(base, "kohya", torch.float16)
+    with pytest.raises(ExportError, match="carries no adapter"):
+        tensors(load_base(inspect_base(str(folders["sd1"]))), "kohya", torch.float16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# names
+
+
+def full_size(architecture: str) -> Base:
+    """The published shapes on the meta device: names without weights."""
+    parts, info = ARCHITECTURES[architecture], inspect_base(f"random:{architecture}")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**parts["unet"])
+        classes = FAMILIES[info.family].text_encoder_classes
+        encoders = {name: kind(CLIPTextConfig(**parts[name])) for name, kind in classes.items()}
+    nothing: Any = None
+    return Base(info, [], encoders, nothing, unet, nothing)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "modules"),
+    [
+        ("sd15", {"unet": 192, "text_encoder": 72}),
+        ("sd21", {"unet": 192, "text_encoder": 138}),
+        ("sdxl", {"unet": 722, "text_encoder": 72, "text_encoder_2": 192}),
+    ],
+)
+def test_the_full_size_models_have_the_names_all_clients_know(architecture: str, modules: dict[str, int]):
+    base = full_size(architecture)
+    family = base.info.family
+    for component, module in base.components.items():
+        paths = adaptable(component, module)
+        kohya = [kohya_name(family, component, path) for path in paths]
+        plain = [diffusers_name(component, path) for path in paths]
+        linear = [path for path in paths if not re.search("conv|time_emb", path)]
+        assert len(linear) == modules[component]
+        assert len(set(kohya)) == len(set(plain)) == len(paths)
+        for name in kohya:
+            assert grammar(family, "kohya").fullmatch(f"{name}.lora_up.weight"), name
+            assert name.count("text_model_") == (component != "unet")
+        for name in plain:
+            assert grammar(family, "diffusers").fullmatch(f"{name}.lora_B.weight"), name
+            assert name.count("text_model.") == (component != "unet")
+
+
+def adaptable(component: str, module: nn.Module) -> list[str]:
+    """Every layer that the widest targets reach, and the last text layer too."""
+    known = (
+        r"to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)|proj_(in|out)|conv[12]|conv_shortcut|time_emb_proj"
+        r"|(down|up)samplers\.0\.conv"
+        if component == "unet"
+        else r"(q|k|v|out)_proj|fc[12]"
+    )
+    return [path for path, _ in module.named_modules() if re.search(rf"\.({known})$", path)]
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_diffusers_maps_every_sdxl_name_back_to_its_layer(folders: dict[str, Path], small: bool):
+    unet = load_base(inspect_base(str(folders["sdxl-small"]))).unet if small else full_size("sdxl").unet
+    paths = adaptable("unet", unet)
+    per_block = unet.config["layers_per_block"]
+    numbered = {kohya_name("sdxl", "unet", path, per_block): i for i, path in enumerate(paths)}
+    file = {f"{name}.lora_down.weight": torch.tensor(i) for name, i in numbered.items()}
+    file |= {f"{name}.lora_up.weight": torch.tensor(i) for name, i in numbered.items()}
+    read: Any = StableDiffusionXLPipeline.lora_state_dict(file, unet_config=unet.config)
+    for key, number in read[0].items():
+        path = paths[int(number)]
+        words = re.sub(r"\.processor|_lora|\.lora", "", key.removeprefix("unet.")).replace("to_out", "to_out.0")
+        assert words.removesuffix(".down.weight").removesuffix(".up.weight") == path
+    assert len(read[0]) == 2 * len(paths)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        (
+            "down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_out.0",
+            "input_blocks_4_1_transformer_blocks_1_attn2_to_out_0",
+        ),
+        ("down_blocks.2.resnets.1.conv_shortcut", "input_blocks_8_0_skip_connection"),
+        ("down_blocks.0.downsamplers.0.conv", "input_blocks_3_0_op"),
+        ("mid_block.attentions.0.proj_in", "middle_block_1_proj_in"),
+        ("mid_block.resnets.1.time_emb_proj", "middle_block_2_emb_layers_1"),
+        ("up_blocks.0.upsamplers.0.conv", "output_blocks_2_2_conv"),
+        ("up_blocks.1.attentions.2.proj_out", "output_blocks_5_1_proj_out"),
+        ("up_blocks.2.resnets.0.conv1", "output_blocks_6_0_in_layers_2"),
+    ],
+)
+def test_sgm_names_are_those_of_the_table(path: str, name: str):
+    assert kohya_name("sdxl", "unet", path) == f"lora_unet_{name}"
+    assert kohya_name("sd1", "unet", path) == f"lora_unet_{path.replace('.', '_')}"
+
+
+def test_wrappers_leave_no_trace_in_names():
+    path = "encoder.layers.0.self_attn.q_proj"
+    for written in (path, f"text_model.{path}", f"module._orig_mod.text_model.{path}", f"base_model.model.{path}"):
+        assert kohya_name("sd1", "text_encoder", written) == f"lora_te_text_model_{path.replace('.', '_')}"
+        assert diffusers_name("text_encoder_2", written) == f"text_encoder_2.text_model.{path}"
+    assert kohya_name("sdxl", "text_encoder", path).startswith("lora_te1_text_model_")
+    assert kohya_name("sdxl", "text_encoder_2", path).startswith("lora_te2_text_model_")
+
+
+@pytest.mark.parametrize("path", ["conv_in", "time_embedding.linear_1", "add_embedding.linear_1", "mid_block.norm"])
+def test_a_layer_that_some_clients_drop_has_no_name(path: str):
+    for name in NAMES:
+        with pytest.raises(ExportError, match=re.escape(path)):
+            kohya_name(name, "unet", path)
+    with pytest.raises(ExportError, match="no component 'text_encoder_2'"):
+        kohya_name("sd1", "text_encoder_2", "encoder.layers.0.mlp.fc1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# header, hashes, what stands beside the file
+
+
+def all_facts() -> Facts:
+    config = RunConfig.model_validate(
+        {"name": "my-style", "data": [{"path": "/home/somebody/photos", "trigger": "mystyle"}], "adapter": {"alpha": 2}}
+    )
+    return Facts(
+        name="my-style",
+        config=config,
+        folders=(FolderFacts("/home/somebody/photos", 12, 2, "mystyle"), FolderFacts("D:\\somebody\\photos", 3)),
+        buckets={(32, 32): 10, (24, 40): 5},
+        tag_frequency={"/home/somebody/photos": {"house": 3, "ein Häuschen": 1}},
+        steps=500,
+        images_seen=2000,
+        started=1_700_000_000.0,
+        finished=1_700_000_600.0,
+        loss=0.123,
+        picture=Image.new("RGBA", (600, 300), (255, 0, 0, 128)),
+    )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("family", NAMES)
+def test_the_header_tells_what_clients_look_for(folders: dict[str, Path], tmp_path: Path, family: str, format: Format):
+    base, path = trained(folders[family], alpha=2.0), tmp_path / "my-style.safetensors"
+    exported = write(base, path, format, all_facts())
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    assert raw[8:10] == b'{"'
+    header = json.loads(raw[8 : 8 + length])["__metadata__"]
+    assert all(type(key) is type(value) is str for key, value in header.items())
+    assert "lora_adapter_metadata" not in header
+
+    after = hashlib.sha256(raw[8 + length :]).hexdigest()
+    assert header["sshs_model_hash"] == exported.hashes.tensors == after
+    assert header["modelspec.hash_sha256"] == f"0x{after}"
+    assert exported.hashes.autov3 == after[:12]
+    assert exported.hashes.sha256 == hashlib.sha256(raw).hexdigest()
+    assert exported.hashes.autov2 == exported.hashes.sha256[:10]
+    assert exported.hashes.autov1 == hashlib.sha256(raw[0x100000:0x110000]).hexdigest()[:8]
+    bare = tmp_path / "bare.safetensors"
+    save_file(load_file(path), bare, {key: value for key, value in header.items() if key.startswith("ss_")})
+    legacy = hashlib.sha256(bare.read_bytes()[0x100000:0x110000]).hexdigest()[:8]
+    assert header["sshs_legacy_hash"] == legacy
+
+    text = json.dumps(header)
+    assert "somebody" not in text
+    assert str(tmp_path) not in text
+    for key in ("ss_tag_frequency", "ss_dataset_dirs", "ss_bucket_info"):
+        assert header[key].startswith("{")
+        assert json.loads(header[key], parse_constant=pytest.fail)
+    assert json.loads(header["ss_dataset_dirs"]) == {
+        "photos": {"n_repeats": 2, "img_count": 12},
+        "photos_2": {"n_repeats": 1, "img_count": 3},
+    }
+    assert json.loads(header["ss_tag_frequency"]) == {"photos": {"house": 3, "ein Häuschen": 1}}
+    assert header["ss_num_train_images"] == "27"
+    assert header["modelspec.date"] == "2023-11-14T22:23:20+00:00"
+    assert header["modelspec.trigger_phrase"] == "mystyle"
+    assert header["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
+    expected = {
+        "sd1": ("sd_v1", "False", "stable-diffusion-v1/lora", "epsilon"),
+        "sd2": ("sd_v2_v", "True", "stable-diffusion-v2-768-v/lora", "v"),
+        "sdxl": ("sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora", "epsilon"),
+    }[family]
+    keys = ("ss_base_model_version", "ss_v2", "modelspec.architecture", "modelspec.prediction_type")
+    assert tuple(header[key] for key in keys) == expected
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "2.0" if format == "kohya" else "4.0")
+
+
+def test_what_is_not_known_is_left_out(folders: dict[str, Path], tmp_path: Path):
+    base = trained(folders["sd1"])
+    path = write(base, tmp_path / "x.safetensors", "kohya", Facts("x")).path
+    header = LoraFile.open(path).metadata
+    unknown = {"ss_tag_frequency", "ss_dataset_dirs", "ss_seed", "ss_steps", "ss_training_started_at", "modelspec.date"}
+    assert not unknown & set(header)
+    assert "None" not in header.values()
+
+
+def test_card_sidecar_and_picture_stand_beside_the_file(folders: dict[str, Path], tmp_path: Path):
+    base = trained(folders["sdxl"])
+    export(base, tmp_path / "v1.5 style.safetensors", all_facts(), lambda: freshly(base))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"v1.5 style{ending}" for ending in (".safetensors", ".md", ".json", ".png")
+    }
+    sidecar = json.loads((tmp_path / "v1.5 style.json").read_text(encoding="utf-8"))
+    assert sidecar["sd version"] == "SDXL"
+    assert sidecar["activation text"] == "mystyle"
+    card = (tmp_path / "v1.5 style.md").read_text(encoding="utf-8")
+    front = dict(line.split(": ", 1) for line in card.split("---")[1].strip().splitlines())
+    values = {key: json.loads(value) for key, value in front.items()}
+    assert values["license"] == "openrail++"
+    assert values["instance_prompt"] == "mystyle"
+    assert "stable-diffusion-xl" in values["tags"]
+    assert "base_model" not in values  # a folder of this computer is no model of the Hub
+    assert "somebody" not in card
+    assert str(tmp_path) not in card
+    with Image.open(tmp_path / "v1.5 style.png") as shown:
+        assert (shown.size, shown.mode, shown.info) == ((600, 300), "RGB", {})
+
+
+def test_a_base_from_the_hub_is_named_in_the_card():
+    from lorasmith.trainer.card import front_matter
+
+    name = "stabilityai/stable-diffusion-2-1"
+    info = BaseInfo(name, name, "sd2", "v_prediction", 768, 8, 64)
+    front = front_matter(Facts("x"), info, None)
+    assert front["base_model"] == name
+    assert front["base_model_relation"] == "adapter"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("family", NAMES)
+def test_inspect_says_what_is_in_a_file(folders: dict[str, Path], tmp_path: Path, family: str, format: Format):
+    base, path = trained(folders[family], alpha=2.0), tmp_path / "x.safetensors"
+    write(base, path, format, all_facts())
+    found = json.loads(json.dumps(inspect(path), allow_nan=False))
+    assert (found["format"], found["family"], found["other_keys"]) == (format, family, [])
+    assert FAMILY_TITLES[found["family"]]
+    assert set(found["components"]) == set(base.components)
+    unet = found["components"]["unet"]
+    assert unet["ranks"] == {"4": unet["modules"]}
+    assert unet["alphas"] == {"2" if format == "kohya" else "4": unet["modules"]}
+    assert found["metadata"]["ss_tag_frequency"]["photos"]["house"] == 3
+
+
+def test_inspect_recognises_full_size_files_by_their_shapes(tmp_path: Path):
+    for width, family in ((768, "sd1"), (1024, "sd2"), (2048, "sdxl")):
+        name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+        weights = {f"{name}.lora_down.weight": torch.zeros(4, width), f"{name}.lora_up.weight": torch.zeros(9, 4)}
+        save_file(weights, tmp_path / "bare.safetensors")
+        assert inspect(tmp_path / "bare.safetensors")["family"] == family
+
+
+def test_inspect_reads_any_safetensors_file_and_refuses_others(tmp_path: Path):
+    save_file({"model.weight": torch.zeros(2), "alpha": torch.zeros(0)}, tmp_path / "other.safetensors")
+    found = inspect(tmp_path / "other.safetensors")
+    assert (found["format"], found["family"], found["components"]) == ("unknown", "unknown", {})
+    assert found["other_keys"] == ["alpha", "model.weight"]
+    for name, content in (("empty", b""), ("short", b"abc"), ("words", b"not a model, but a long letter" * 9)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match="not a whole safetensors file") as caught:
+            inspect(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+    with pytest.raises(UserError, match="no such file"):
+        inspect(tmp_path / "missing.safetensors")
+    with pytest.raises(UserError, match="is a folder"):
+        inspect(tmp_path)
+
+
+def test_a_file_must_be_named_as_what_it_is(folders: dict[str, Path], tmp_path: Path):
+    with pytest.raises(UserError, match=re.escape("does not end in .safetensors")):
+        write(trained(folders["sd1"]), tmp_path / "style.bin", "kohya", Facts("style"))

@@ -1,0 +1,393 @@
+"""Run folders: a status is never a lie, a name in use is refused, a stop reaches only a run that lives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lorasmith.trainer.config import RunConfig, read_config, validate
+from lorasmith.trainer.errors import Problem, RunError, UserError
+from lorasmith.trainer.events import (
+    Checkpointed,
+    Done,
+    Event,
+    EventLog,
+    Failed,
+    Phase,
+    PlanMade,
+    Step,
+    Stopped,
+    Warned,
+)
+from lorasmith.trainer.jobs import RunFolder, Status, check_name_is_free, create_run, find_runs, open_run
+
+
+def config_in(folder: Path, name: str = "my run") -> RunConfig:
+    return validate({"name": name, "runs": str(folder), "data": [{"path": str(folder / "photos")}]})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return create_run(config_in(tmp_path / "runs"))
+
+
+def log(run: RunFolder, *events: Event) -> None:
+    writer = EventLog(run.events)
+    for event in events:
+        writer.append(event)
+
+
+def step(number: int) -> Step:
+    return Step(number, number * 4, 0.5, 1.0, {"unet": 1e-4}, 0.1)
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    """A process of our own that lives until the test ends."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def owned_by(run: RunFolder, pid: int) -> None:
+    owner = {"pid": pid, "created": psutil.Process(pid).create_time()}
+    run.owner_file.write_text(json.dumps(owner), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# creating
+
+
+def test_a_new_run_folder_holds_its_complete_configuration(tmp_path: Path):
+    config = config_in(tmp_path / "deep" / "runs")
+    run = create_run(config)
+    assert run.path == tmp_path / "deep" / "runs" / "my run"
+    assert run.name == "my run"
+    assert [file.name for file in run.path.iterdir()] == ["config.toml"]
+    assert run.read_config() == config == read_config(run.config)
+    assert [file.name for file in run.path.parent.iterdir()] == ["my run"]
+
+
+def test_the_names_in_a_run_folder_are_the_contract():
+    run = RunFolder(Path("runs", "x"))
+    assert [path.as_posix() for path in (run.config, run.events, run.exports, run.stop_file)] == [
+        "runs/x/config.toml",
+        "runs/x/events.jsonl",
+        "runs/x/exports",
+        "runs/x/stop",
+    ]
+    assert run.checkpoint(500).as_posix() == "runs/x/checkpoints/step-000500"
+    assert run.samples(0).as_posix() == "runs/x/samples/step-000000"
+
+
+def test_a_name_in_use_is_refused_and_the_run_is_left_as_it_was(run: RunFolder):
+    log(run, PlanMade(10, 40), step(10), Done(10, []))
+    before = run.config.read_bytes()
+    config = run.read_config()
+    for attempt in (check_name_is_free, create_run):
+        with pytest.raises(RunError) as caught:
+            attempt(config)
+        assert caught.value.problems == [
+            Problem(
+                str(run.path),
+                "the name 'my run' is in use (done, 10 steps)",
+                f"Choose another name (--set name=...), or continue it with: lorasmith resume {run.path}",
+            )
+        ]
+        assert caught.value.exit_code == 2
+    assert run.config.read_bytes() == before
+    assert run.events.exists()
+
+
+def test_a_name_too_long_for_the_disk_is_refused(tmp_path: Path):
+    """100 letters are 300 bytes in some scripts, and most disks of Linux take 255."""
+    try:
+        run = create_run(config_in(tmp_path, "絵" * 100))
+    except UserError:
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert run.config.is_file()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_name_taken_by_something_else_is_refused(tmp_path: Path, kind: str):
+    taken = tmp_path / "my run"
+    taken.mkdir() if kind == "folder" else taken.write_text("x", encoding="utf-8")
+    with pytest.raises(RunError) as caught:
+        create_run(config_in(tmp_path))
+    assert caught.value.problems[0].what == "the name 'my run' is in use (it is not a run)"
+    assert taken.exists()
+
+
+def test_a_runs_path_that_is_a_file_is_refused(tmp_path: Path):
+    file = tmp_path / "file"
+    file.write_text("x", encoding="utf-8")
+    for runs in (file, file / "below"):
+        with pytest.raises(RunError) as caught:
+            create_run(config_in(runs))
+        assert caught.value.problems == [
+            Problem(
+                "runs", f"{file} is a file, not a folder", "Set runs to a folder you may write to (--set runs=...)."
+            )
+        ]
+    assert file.read_text(encoding="utf-8") == "x"
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="rights do not bind this user")
+def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path: Path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(RunError, match="cannot be written"):
+        create_run(config_in(tmp_path / "locked" / "runs"))
+    assert list((tmp_path / "locked").iterdir()) == []
+
+
+def test_checking_a_name_creates_nothing(tmp_path: Path):
+    assert check_name_is_free(config_in(tmp_path / "runs")) == tmp_path / "runs" / "my run"
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# status
+
+
+def test_a_run_without_events_is_new(run: RunFolder):
+    assert run.status() == Status("new", 0, 0, 0)
+    assert run.status().sentence == "not started"
+
+
+@pytest.mark.parametrize(
+    ("events", "status", "sentence"),
+    [
+        (
+            [PlanMade(10, 40), step(3)],
+            Status("interrupted", 3, 10, 0),
+            "interrupted at step 3 of 10, saved up to step 0",
+        ),
+        (
+            [PlanMade(10, 40), step(4), Checkpointed(4, "c"), step(5)],
+            Status("interrupted", 5, 10, 4),
+            "interrupted at step 5 of 10, saved up to step 4",
+        ),
+        (
+            [PlanMade(10, 40), step(4), Checkpointed(4, "c"), Stopped(4)],
+            Status("stopped", 4, 10, 4),
+            "stopped and saved at step 4 of 10",
+        ),
+        (
+            [PlanMade(10, 40), step(10), Checkpointed(10, "c"), Done(10, [])],
+            Status("done", 10, 10, 10),
+            "done, 10 steps",
+        ),
+        (
+            [PlanMade(10, 40), step(2), Failed("loss is nan", 2)],
+            Status("failed", 2, 10, 0, "loss is nan"),
+            "failed at step 2: loss is nan",
+        ),
+        (
+            [PlanMade(10, 40), step(4), Stopped(4), PlanMade(20, 80), step(5)],
+            Status("interrupted", 5, 20, 0),
+            "interrupted at step 5 of 20, saved up to step 0",
+        ),
+        (
+            [PlanMade(10, 40), step(10), Phase("exporting and verifying")],
+            Status("interrupted", 10, 10, 0),
+            "interrupted at step 10 of 10, saved up to step 0",
+        ),
+        ([Phase("loading the base"), Warned("x")], Status("interrupted", 0, 0, 0), None),
+    ],
+    ids=["killed", "killed after a save", "stopped", "done", "failed", "resumed and killed", "in export", "in loading"],
+)
+def test_status_of_a_run_without_a_process(run: RunFolder, events: list[Event], status: Status, sentence: str | None):
+    log(run, *events)
+    assert run.status() == status
+    if sentence:
+        assert run.status().sentence == sentence
+
+
+def test_a_run_of_this_process_is_running(run: RunFolder):
+    run.take_ownership()
+    log(run, Phase("loading the base"))
+    assert run.status() == Status("running", 0, 0, 0)
+    assert run.status().sentence == "preparing"
+    log(run, PlanMade(10, 40), step(3))
+    assert run.status().sentence == "training, step 3 of 10"
+    run.give_up_ownership()
+    assert run.status().state == "interrupted"
+
+
+def test_a_run_of_another_living_process_is_running(run: RunFolder, sleeper: subprocess.Popen[bytes]):
+    owned_by(run, sleeper.pid)
+    log(run, PlanMade(10, 40), step(3))
+    assert run.status().state == "running"
+
+
+def test_a_run_whose_process_was_killed_and_reaped_is_interrupted(run: RunFolder, sleeper: subprocess.Popen[bytes]):
+    owned_by(run, sleeper.pid)
+    log(run, PlanMade(10, 40), step(3))
+    sleeper.kill()
+    sleeper.wait()
+    assert run.status().state == "interrupted"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no zombies on Windows")
+def test_a_run_whose_process_was_killed_and_not_yet_reaped_is_interrupted(
+    run: RunFolder, sleeper: subprocess.Popen[bytes]
+):
+    """The browser app starts trainers as its children; a killed child stays a process until it is waited for."""
+    owned_by(run, sleeper.pid)
+    log(run, PlanMade(10, 40), step(3))
+    sleeper.kill()
+    while psutil.Process(sleeper.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert run.status().state == "interrupted"
+
+
+def test_a_process_id_given_to_another_process_is_not_the_owner(run: RunFolder):
+    owner = {"pid": os.getpid(), "created": psutil.Process().create_time() - 100}
+    run.owner_file.write_text(json.dumps(owner), encoding="utf-8")
+    log(run, PlanMade(10, 40), step(3))
+    assert run.status().state == "interrupted"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "3", '{"pid": 1}', '{"pid": "x", "created": 1}', '{"pid": -5, "created": 1}', "null", "\x00"],
+)
+def test_a_damaged_owner_file_means_no_owner(run: RunFolder, content: str):
+    run.owner_file.write_text(content, encoding="utf-8")
+    assert run.owner_alive() is False
+
+
+def test_a_finished_run_reads_done_even_while_its_process_ends(run: RunFolder):
+    run.take_ownership()
+    log(run, PlanMade(10, 40), step(10), Done(10, []))
+    assert run.status().state == "done"
+
+
+def test_a_torn_last_line_does_not_hide_the_status(run: RunFolder):
+    log(run, PlanMade(10, 40), step(3))
+    with run.events.open("ab") as file:
+        file.write(b'{"time": 1.0, "type": "do')
+    assert run.status() == Status("interrupted", 3, 10, 0)
+
+
+def test_saved_steps_are_the_checkpoint_folders_in_order(run: RunFolder):
+    assert run.saved_steps() == []
+    for number in (100, 20, 1_000_000):
+        run.checkpoint(number).mkdir(parents=True)
+    (run.checkpoints / ".step-000300.1.tmp").mkdir()
+    assert run.saved_steps() == [20, 100, 1_000_000]
+
+
+@pytest.mark.parametrize("name", ["step-000100 copy", "step-000100.bak", "step-", "step-best"])
+def test_a_folder_that_a_person_put_beside_the_checkpoints_is_passed_over(run: RunFolder, name: str):
+    run.checkpoint(100).mkdir(parents=True)
+    (run.checkpoints / name).mkdir()
+    assert run.saved_steps() == [100]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# owning and stopping
+
+
+def test_ownership_of_a_run_that_another_process_trains_is_refused(run: RunFolder, sleeper: subprocess.Popen[bytes]):
+    owned_by(run, sleeper.pid)
+    before = run.owner_file.read_bytes()
+    with pytest.raises(RunError) as caught:
+        run.take_ownership()
+    assert caught.value.problems[0].what == "another process is training this run"
+    assert run.owner_file.read_bytes() == before
+
+
+def test_taking_ownership_forgets_an_old_wish_to_stop(run: RunFolder):
+    run.stop_file.touch()
+    run.take_ownership()
+    assert not run.stop_file.exists()
+    assert run.owner_alive()
+
+
+def test_giving_up_ownership_twice_does_no_harm(run: RunFolder):
+    run.take_ownership()
+    run.give_up_ownership()
+    run.give_up_ownership()
+    assert run.owner_alive() is False
+
+
+def test_stop_creates_the_stop_file_of_a_living_run(run: RunFolder, sleeper: subprocess.Popen[bytes]):
+    owned_by(run, sleeper.pid)
+    run.ask_to_stop()
+    assert run.stop_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("events", "sentence"),
+    [
+        ([], "not started"),
+        ([PlanMade(10, 40), step(10), Done(10, [])], "done, 10 steps"),
+        ([PlanMade(10, 40), step(3)], "interrupted at step 3 of 10, saved up to step 0"),
+    ],
+    ids=["new", "done", "interrupted"],
+)
+def test_stop_is_refused_when_nothing_runs(run: RunFolder, events: list[Event], sentence: str):
+    log(run, *events)
+    with pytest.raises(RunError) as caught:
+        run.ask_to_stop()
+    assert caught.value.problems == [
+        Problem(str(run.path), f"is not being trained ({sentence})", "There is nothing to stop.")
+    ]
+    assert not run.stop_file.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# finding
+
+
+def test_a_run_opens_by_its_folder_or_by_its_name_under_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    run = create_run(config_in(Path("runs")))
+    assert run.path.is_absolute()
+    assert open_run(tmp_path / "runs" / "my run").path == run.path
+    assert open_run(Path("runs/my run")).path == run.path
+    assert open_run(Path("my run")).path == run.path
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty folder", "file"])
+def test_what_is_no_run_folder_is_refused(tmp_path: Path, kind: str):
+    path = tmp_path / "x"
+    if kind == "empty folder":
+        path.mkdir()
+    elif kind == "file":
+        path.write_text("x", encoding="utf-8")
+    with pytest.raises(RunError) as caught:
+        open_run(path)
+    assert caught.value.problems == [
+        Problem(str(path), "is not a run folder (it has no config.toml)", "See the runs with: lorasmith runs")
+    ]
+
+
+def test_runs_are_found_newest_first(tmp_path: Path):
+    for age, name in enumerate(["newest", "middle", "oldest"]):
+        run = create_run(config_in(tmp_path, name))
+        os.utime(run.config, (1_000_000 - age, 1_000_000 - age))
+    (tmp_path / "no run").mkdir()
+    (tmp_path / "file.txt").write_text("x", encoding="utf-8")
+    assert [run.name for run in find_runs(tmp_path)] == ["newest", "middle", "oldest"]
+
+
+def test_in_a_missing_folder_there_are_no_runs(tmp_path: Path):
+    assert list(find_runs(tmp_path / "no")) == []
+
+
+def test_what_a_killed_process_left_half_written_is_not_a_run(tmp_path: Path):
+    run = create_run(config_in(tmp_path))
+    run.path.rename(tmp_path / ".my run.123.tmp")
+    assert list(find_runs(tmp_path)) == []

@@ -1,0 +1,119 @@
+"""The demo: train the example style on the embedded base, and show and measure what was learned on held-out concepts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..configs import read_recipe
+from . import run
+from .adapter import strength
+from .config import merge, validate
+from .console import Reporter, out, print_plan
+from .files import atomic_file, write_text
+from .jobs import RunFolder
+from .models import Base
+from .plan import make_plan
+from .sample import Recipe, before_after_grid, draw
+from .score import StyleMeasure, StyleScore, colour_layout_distance, wrong_concept_distance
+
+EXAMPLES = Path(__file__).parent.parent / "datasets" / "examples"
+STYLE = "blueprint"
+IN_THE_GRID = 16
+
+
+def run_demo(folder: Path) -> RunFolder:
+    """Train, export and verify, then draw the held-out concepts without and with the LoRA, and print the style measure."""
+    answers = {
+        "name": _free_name(folder, STYLE),
+        "runs": str(folder),
+        "data": [{"path": str(EXAMPLES / STYLE), "caption_dropout": 0.1}],
+    }
+    plan = make_plan(validate(merge(read_recipe("demo"), answers), source="demo"))
+    print_plan(plan)
+    with Reporter() as report:
+        finished = run.train(plan, report)
+    if finished.stopped_by:
+        raise KeyboardInterrupt
+
+    trained, plan, base, _ = run.load_run(finished.run.path, None)
+    recipe = Recipe.of(plan.config.sample, plan.base.resolution)
+    held_out = read_held_out()
+    prompts = [prompt for prompt, _ in held_out]
+    with strength(base, 0):
+        before = draw(base, prompts, recipe)
+    after = draw(base, prompts, recipe)
+
+    grid = _save_grid(trained, before, after, prompts)
+    score = measure_style(base, before, after)
+    write_text(trained.path / "style.json", json.dumps(asdict(score), indent=2) + "\n")
+    for sentence in score.sentences():
+        out.print(sentence)
+    _say_where(finished.run, finished.exports, grid, folder)
+    return trained
+
+
+def read_held_out() -> list[tuple[str, str]]:
+    """(prompt, file name of its true picture) of the concepts that are never trained on."""
+    rows = json.loads((EXAMPLES / "held-out.json").read_text(encoding="utf-8"))
+    return [(prompt, file) for prompt, file in rows]
+
+
+def measure_style(base: Base, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> StyleScore:
+    """How much of the example style the held-out pictures `after` have gained over `before`, in held-out order."""
+    held_out = [file for _, file in read_held_out()]
+    others = sorted(file.name for file in (EXAMPLES / "measure/base").glob("*.webp") if file.name not in held_out)
+    measure = StyleMeasure.fit(base.vae, _true("base", others), _true("target", others))
+    true = _true("target", held_out)
+    drawn = {name: to_tensor(pictures) for name, pictures in (("base", before), ("lora", after))}
+    return StyleScore(
+        accuracy=measure.accuracy(_true("base", held_out), true),
+        probability_base=float(measure.probability(drawn["base"]).mean()),
+        probability_lora=float(measure.probability(drawn["lora"]).mean()),
+        layout_base=colour_layout_distance(drawn["base"], true).mean().item(),
+        layout_lora=colour_layout_distance(drawn["lora"], true).mean().item(),
+        layout_wrong=wrong_concept_distance(drawn["lora"], true).mean().item(),
+    )
+
+
+def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
+    """RGB pictures of one size as (N, 3, H, W) in -1 to 1."""
+    pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _true(style: str, files: Sequence[str]) -> Tensor:
+    return to_tensor([Image.open(EXAMPLES / "measure" / style / file) for file in files])
+
+
+def _save_grid(trained: RunFolder, before: list[Image.Image], after: list[Image.Image], prompts: list[str]) -> Path:
+    labels = [prompt.removeprefix("emoji of ") for prompt in prompts]
+    first = slice(IN_THE_GRID)
+    grid = before_after_grid(before[first], after[first], labels[first], "Held-out concepts, never trained on")
+    path = trained.path / "before-after.png"
+    with atomic_file(path) as temporary:
+        grid.save(temporary, "PNG")
+    return path
+
+
+def _say_where(trained: RunFolder, exports: list[Path], grid: Path, folder: Path) -> None:
+    out.print(f"before and after: {grid}")
+    for file in exports:
+        out.print(f"LoRA: {file}")
+    out.print(f"everything else: {trained.path}")
+    out.print(f"see it in a browser: lorasmith ui --runs {folder}")
+
+
+def _free_name(folder: Path, name: str) -> str:
+    """`name`, or the first of `name-2`, `name-3`, ... that is not in use."""
+    number = 1
+    while (folder / (candidate := name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return candidate
