@@ -1,8 +1,8 @@
-"""Latents and text embeddings on disk, keyed by all they depend on: an entry is right or absent, never stale.
+"""Latents and text embeddings on disk, keyed by all they depend on: an entry is right or absent, not stale.
 
-The key of latents is a hash of the image file's bytes, the resize and crop, the VAE's weights and `CODE_VERSION`; that of
-embeddings a hash of the caption and the text encoders' weights. Entries live outside the dataset folder, and may be
-deleted at any time.
+The key of latents is a hash of the image file's bytes, the resize and crop, the VAE's weights and `CODE_VERSION`; of
+embeddings it is a hash of the caption and the text encoders' weights. Entries live outside the dataset folder, and may
+be deleted at any time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..trainer.errors import DataError
-from ..trainer.files import atomic_file
+from ..trainer.files import atomic_file, sha256_of
 from .dataset import Example, read_pixels
 
 if TYPE_CHECKING:
@@ -70,13 +70,15 @@ class LatentCache:
         """Encode what is missing; returns how many images were encoded.
 
         Raises:
-            DataError: if an image's latents are not finite.
+            DataError: if an image has changed since it was scanned, or its latents are not finite.
         """
         encoded = 0
         for done, example in enumerate(examples):
             progress(done, len(examples))
             if self.cache.read(self.path(example)) is None:
-                self.cache.write(self.path(example), encode_image(base, example))
+                entry = encode_image(base, example)
+                _check_unchanged(example)
+                self.cache.write(self.path(example), entry)
                 encoded += 1
         progress(len(examples), len(examples))
         return encoded
@@ -102,6 +104,12 @@ def encode_image(base: Base, example: Example) -> dict[str, Tensor]:
     if not all(tensor.isfinite().all() for tensor in entry.values()):
         raise DataError("its latents are not finite", str(example.item.path), "Look at the image, or use another VAE.")
     return entry
+
+
+def _check_unchanged(example: Example) -> None:
+    """The key holds the hash of the bytes that were scanned; other bytes must not be stored under it."""
+    if sha256_of(example.item.path) != example.item.sha256:
+        raise DataError("has changed since it was scanned", str(example.item.path), "Start again.")
 
 
 class TextCache:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..trainer.errors import DataError, Problem
 from .buckets import Entry, Fit, Size, fit
 from .captions import tags, with_trigger
 from .folder import Item, scan
@@ -59,18 +60,27 @@ def load_examples(sources: Sequence[Source], bucket_step: int) -> list[Example]:
     """Scan all folders.
 
     Raises:
-        DataError: if a folder holds no images, or files that cannot be used.
+        DataError: with every problem of every folder.
     """
-    return [
-        Example(
-            item=item,
-            source=source,
-            caption=with_trigger(item.caption, source.trigger),
-            fit=fit(item.width, item.height, source.resolution, bucket_step),
-        )
-        for source in sources
-        for item in scan(source.path)
-    ]
+    examples: list[Example] = []
+    problems: list[Problem] = []
+    for source in sources:
+        try:
+            examples += [_example(item, source, bucket_step) for item in scan(source.path)]
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError.of(problems)
+    return examples
+
+
+def _example(item: Item, source: Source, bucket_step: int) -> Example:
+    return Example(
+        item=item,
+        source=source,
+        caption=with_trigger(item.caption, source.trigger),
+        fit=fit(item.width, item.height, source.resolution, bucket_step),
+    )
 
 
 def read_pixels(example: Example) -> np.ndarray:

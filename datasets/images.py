@@ -35,7 +35,7 @@ def read_rgb(path: Path) -> tuple[Image.Image, tuple[str, ...]]:
     if orientation not in (0, 1):
         notes.append(f"rotated by EXIF orientation {orientation}")
     if image.has_transparency_data:
-        if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        if min(image.convert("RGBA").getchannel("A").tobytes()) < 255:
             notes.append("transparency laid on white")
         image = on_white(image)
     elif image.mode != "RGB":

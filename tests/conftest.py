@@ -16,7 +16,7 @@ def draw_picture(number: int, size: tuple[int, int]) -> Image.Image:
     picture = Image.new("RGB", size, (40 * number % 256, 90, 255 - 30 * number % 256))
     width, height = size
     pen = ImageDraw.Draw(picture)
-    pen.ellipse((width // 5, height // 5, width // 5 + 10 + 3 * number, height - 10), fill=(255, 220, 20 * number % 256))
+    pen.ellipse((width // 5, height // 5, width // 5 + 10 + 3 * number, height - 10), (255, 220, 20 * number % 256))
     return picture
 
 

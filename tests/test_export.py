@@ -64,7 +64,7 @@ def mix(base: Base) -> Base:
     """Other ranks and alphas in every third layer, rank-stabilised scaling in every fifth."""
     generator = torch.Generator().manual_seed(6)
     for component in base.components.values():
-        layers = [layer for layer in component.modules() if ADAPTER in getattr(layer, "scaling", {})]
+        layers: list[Any] = [layer for layer in component.modules() if ADAPTER in getattr(layer, "scaling", {})]
         for i, layer in enumerate(layers):
             if i % 3 == 0:
                 down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
@@ -324,7 +324,8 @@ def live_zero(base: Base) -> None:
 
 
 def live_merged(base: Base) -> None:
-    next(layer for layer in base.unet.modules() if ADAPTER in getattr(layer, "scaling", {})).merge()
+    layer: Any = next(layer for layer in base.unet.modules() if ADAPTER in getattr(layer, "scaling", {}))
+    layer.merge()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The browser app, through a real server: it shows what is in run folders, and starts runs in processes of their own."""
+"""The browser app, through a real server: it shows what is in run folders, and starts runs as processes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
+
 from lorasmith.trainer.jobs import RunFolder
 from lorasmith.ui.app import build, losses, previews_of
+
 
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[Client]:
@@ -73,5 +75,3 @@ def wait_until(condition, seconds: float = 240) -> None:
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.3)
-
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -66,7 +67,7 @@ class LoraModule:
         return self.alpha / self.rank * self.up.float().flatten(1) @ self.down.float().flatten(1)
 
 
-def trained_components(base: Base, settings: AdapterSection) -> dict[str, nn.Module]:
+def trained_components(base: Base, settings: AdapterSection) -> dict[str, Any]:
     """The components that get an adapter."""
     return {
         name: module
@@ -133,10 +134,11 @@ def lora_modules(component: nn.Module) -> Iterator[LoraModule]:
     """The adapted layers of one component, read from the live model; alpha is what the layer really applies."""
     for name, layer in component.named_modules():
         if isinstance(layer, LoraLayer) and ADAPTER in layer.scaling:
+            down, up = cast(Any, layer.lora_A[ADAPTER]), cast(Any, layer.lora_B[ADAPTER])
             yield LoraModule(
                 name=name,
-                down=layer.lora_A[ADAPTER].weight.detach(),
-                up=layer.lora_B[ADAPTER].weight.detach(),
+                down=down.weight.detach(),
+                up=up.weight.detach(),
                 alpha=float(layer.scaling[ADAPTER] * layer.r[ADAPTER]),
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from .errors import ConfigError, LorasmithError, UserError
 
 if TYPE_CHECKING:
     from .config import RunConfig
+    from .keys import Format
     from .plan import Plan
     from .run import Finished
 
@@ -41,7 +43,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for ma
 def main() -> None:
     """The entry point: errors a person can act on are shown without a traceback, with their exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")  # a Windows console may be set to another code page
     try:
         code = app(standalone_mode=False)
@@ -270,7 +272,7 @@ def export(
     from .run import export_run
 
     wanted = [name.strip() for name in format_.split(",")]
-    formats = [name for name in FORMATS if name in wanted]
+    formats: list[Format] = [name for name in FORMATS if name in wanted]
     if unknown := [name for name in wanted if name not in FORMATS]:
         raise UserError(f"there is no format {unknown[0]!r}", "--format", f"Formats: {', '.join(FORMATS)}.")
     for file in export_run(path, step, formats, out, precision):

@@ -1,4 +1,4 @@
-"""The demo: train the example style on the embedded base, and show and measure what was learned on held-out concepts."""
+"""The demo: train the example style on the embedded base; show and measure what was learned on held-out concepts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ IN_THE_GRID = 16
 
 
 def run_demo(folder: Path) -> RunFolder:
-    """Train, export and verify, then draw the held-out concepts without and with the LoRA, and print the style measure."""
+    """Train, export and verify, draw the held-out concepts without and with the LoRA, and print the style measure."""
     answers = {
         "name": _free_name(folder, STYLE),
         "runs": str(folder),

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,7 +222,7 @@ def find_runs(folder: Path) -> Iterator[RunFolder]:
         yield RunFolder(config.parent.absolute())
 
 
-def start_detached(arguments: list[str]) -> subprocess.Popen[bytes]:
+def start_detached(arguments: list[str]) -> None:
     """Run a `lorasmith` command in a process of its own, which outlives this one."""
     command = [sys.executable, "-m", "lorasmith.trainer.cli", *arguments]
     options: dict = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -229,4 +230,5 @@ def start_detached(arguments: list[str]) -> subprocess.Popen[bytes]:
         options["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS  # pyright: ignore[reportAttributeAccessIssue]
     else:
         options["start_new_session"] = True
-    return subprocess.Popen(command, **options)
+    process = subprocess.Popen(command, **options)
+    threading.Thread(target=process.wait, daemon=True).start()  # else it would stay a zombie when it ends

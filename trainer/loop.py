@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +26,7 @@ from .config import Precision
 from .errors import RunError, TrainingError
 from .events import Checkpointed, Event, Phase, PlanMade, Sampled, Step, Warned
 from .jobs import RunFolder
-from .models import Base, Conditions, fingerprint, load_base
+from .models import Base, Conditions, load_base
 from .noise import (
     add_noise,
     derive_seed,
@@ -138,8 +138,8 @@ class Trainer:
                 self.accelerator.backward(losses.sum() * len(batches) / images)
                 total = total + losses.detach().sum()
                 if self.accelerator.sync_gradients:
-                    loss = self._finite(self.accelerator.reduce(total) / images, batches)
-                    norm = self.accelerator.clip_grad_norm_(self.trained, max_norm)
+                    loss = self._finite(self._sum(total) / images, batches)
+                    norm = self._finite_norm(self.accelerator.clip_grad_norm_(self.trained, max_norm), batches)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
 
@@ -153,9 +153,9 @@ class Trainer:
         """The weighted loss of each image of a batch, (batch,)."""
         examples = [self.plan.examples[index] for index in indices]
         generator = torch.Generator().manual_seed(seed)
-        prediction, objective = self.plan.prediction, self.config.objective
+        prediction, objective = self.plan.base.prediction, self.config.objective
 
-        x0 = sample_posterior(*self.latents.read(examples), self.base.vae.config.scaling_factor, generator)
+        x0 = sample_posterior(*self.latents.read(examples), self.base.scaling_factor, generator)
         eps = sample_noise(x0, objective.noise_offset, generator)
         t = sample_timesteps(len(x0), len(self.alphas_cumprod), generator)
         noisy = add_noise(x0, eps, t, self.alphas_cumprod)
@@ -197,7 +197,7 @@ class Trainer:
 
     def _put_on_adapters(self, checkpoint: Checkpoint | None) -> None:
         config, base = self.config, self.base
-        base_fingerprint = fingerprint(base.unet)
+        base_fingerprint = base.fingerprint
         put_on(base, config.adapter, config.seed)
         if config.runtime.attention == "xformers":
             base.unet.enable_xformers_memory_efficient_attention()
@@ -221,9 +221,13 @@ class Trainer:
         )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        saved, images_by_step = checkpoint.state, [0, *self.plan.images_by_step]
+        images = images_by_step[saved.step] if saved.step < len(images_by_step) else -1
         for what, then, now in (
-            ("images or captions", checkpoint.state.dataset, self.state.dataset),
-            ("base model", checkpoint.state.base, self.state.base),
+            ("images or captions", saved.dataset, self.state.dataset),
+            ("base model", saved.base, self.state.base),
+            ("format of checkpoints", saved.version, self.state.version),
+            ("number of processes, or the length of the run,", saved.images, images),
         ):
             if then != now:
                 raise RunError(
@@ -235,7 +239,7 @@ class Trainer:
         self.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
         if self.accelerator.scaler is not None and "scaler" in checkpoint.optimizer:
             self.accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
-        self.state = checkpoint.state
+        self.state = saved
 
     # -- details ------------------------------------------------------------------------------------------------------
 
@@ -246,19 +250,25 @@ class Trainer:
         return self.text.read(captions).to(self.accelerator.device, self.base.dtype)
 
     def _finite(self, loss: Tensor, batches: list[list[int]]) -> Tensor:
-        """The loss, if it is a number.
-
-        Raises:
-            TrainingError: naming the files of the step.
-        """
+        """The loss, if it is a number; else a `TrainingError` that names the files of the step."""
         if not loss.isfinite():
-            files = ", ".join(self.plan.examples[index].name for batch in batches for index in batch)
-            raise TrainingError(
-                f"the loss of step {self.state.step + 1} is {loss.item()}; its images: {files}",
-                str(self.run.path),
-                "The last checkpoint stands. Lower optimizer.lr, or use bf16 or fp32.",
-            )
+            raise self._not_finite("loss", loss, batches)
         return loss
+
+    def _finite_norm(self, norm: Tensor | None, batches: list[list[int]]) -> Tensor:
+        """The gradients' norm, if it is a number. fp16's gradient scaler looks for itself, and skips such a step."""
+        norm = torch.zeros(()) if norm is None else norm
+        if self.accelerator.scaler is None and not norm.isfinite():
+            raise self._not_finite("gradient", norm, batches)
+        return norm
+
+    def _not_finite(self, what: str, value: Tensor, batches: list[list[int]]) -> TrainingError:
+        files = ", ".join(self.plan.examples[index].name for batch in batches for index in batch)
+        return TrainingError(
+            f"the {what} of step {self.state.step + 1} is {value.item()}; its images: {files}",
+            str(self.run.path),
+            "The last checkpoint stands. Lower optimizer.lr, or use bf16 or fp32.",
+        )
 
     def _report(self, loss: Tensor, norm: Tensor, rates: list[float], seconds: float) -> None:
         names = [group["name"] for group in self.optimizer.param_groups]
@@ -303,8 +313,11 @@ class Trainer:
         """Whether any process was asked to stop; all must act alike."""
         if self.accelerator.num_processes == 1:
             return stop
-        votes = torch.tensor(float(stop), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(votes).item())
+        return bool(self._sum(torch.tensor(float(stop), device=self.accelerator.device)).item())
+
+    def _sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return cast(Tensor, self.accelerator.reduce(value))
 
 
 def is_due(step: int, every: int) -> bool:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import (
@@ -48,7 +48,7 @@ class Family:
     pipeline_class: ClassVar[Any] = StableDiffusionPipeline
     text_encoder_classes: ClassVar[dict[str, Any]] = {"text_encoder": CLIPTextModel}
 
-    def unread_layers(self, component: str, module: nn.Module) -> str | None:
+    def unread_layers(self, component: str, module: Any) -> str | None:
         """A pattern of the layers whose output is never read, so that an adapter there could not learn; None: none."""
         del component, module
         return None
@@ -75,7 +75,7 @@ class FamilyXL(Family):
         "text_encoder_2": CLIPTextModelWithProjection,
     }
 
-    def unread_layers(self, component: str, module: nn.Module) -> str | None:
+    def unread_layers(self, component: str, module: Any) -> str | None:
         """The first text encoder's last layer: only the layer before it is read."""
         if component != "text_encoder":
             return None
@@ -104,11 +104,12 @@ class Base:
 
     info: BaseInfo
     tokenizers: list[CLIPTokenizer]
-    text_encoders: dict[str, nn.Module]
+    text_encoders: dict[str, Any]
     """By component name: `text_encoder`, and for SDXL `text_encoder_2`."""
-    vae: AutoencoderKL
-    """Always fp32: the SDXL VAE overflows in fp16."""
-    unet: UNet2DConditionModel
+    vae: Any
+    """`AutoencoderKL`, always fp32: the SDXL VAE overflows in fp16."""
+    unet: Any
+    """`UNet2DConditionModel`."""
     scheduler: DDIMScheduler
 
     @property
@@ -116,7 +117,7 @@ class Base:
         return FAMILIES[self.info.family]
 
     @property
-    def components(self) -> dict[str, nn.Module]:
+    def components(self) -> dict[str, Any]:
         """What can carry an adapter, by the names diffusers gives them."""
         return {"unet": self.unet, **self.text_encoders}
 
@@ -127,6 +128,15 @@ class Base:
     @property
     def device(self) -> torch.device:
         return self.unet.device
+
+    @property
+    def scaling_factor(self) -> float:
+        """Latents are multiplied by it to about unit variance."""
+        return float(self.vae.config["scaling_factor"])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (batch, 4, h, w) to pictures (batch, 3, H, W) in about -1 to 1, fp32."""
+        return self.vae.decode(latents.float() / self.scaling_factor, return_dict=False)[0]
 
     def tokenize(self, captions: Sequence[str]) -> list[Tensor]:
         """Captions to token ids (batch, tokens), one tensor per text encoder; too long ones are cut."""
@@ -166,6 +176,11 @@ class Base:
         """A hash of the VAE's weights: latents of another VAE are other latents."""
         return fingerprint(self.vae)
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells this base from any other; of the UNet, the largest part, a sketch is enough."""
+        return f"{sketch(self.unet)}-{self.vae_fingerprint}-{self.text_fingerprint}"
+
     @cached_property
     def text_fingerprint(self) -> str:
         """A hash of the text encoders' weights and their token limit."""
@@ -182,6 +197,16 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def sketch(module: nn.Module) -> str:
+    """SHA-256 over every parameter's name, shape and a few of its values; much faster than `fingerprint`."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().flatten()
+        few = flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes()
+        digest.update(f"{name}:{tuple(tensor.shape)}".encode() + few)
+    return digest.hexdigest()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # loading
 
@@ -195,13 +220,14 @@ def load_base(info: BaseInfo, dtype: torch.dtype = torch.float32, device: str | 
     _quiet_libraries()
     pipeline = _random_pipeline(info) if info.source.startswith("random:") else _load_pipeline(info, dtype)
     names = FAMILIES[info.family].text_encoder_classes
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type=info.prediction)
     base = Base(
         info=info,
         tokenizers=[getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in names],
         text_encoders={name: getattr(pipeline, name) for name in names},
         vae=pipeline.vae,
         unet=pipeline.unet,
-        scheduler=DDIMScheduler.from_config(pipeline.scheduler.config),
+        scheduler=cast(DDIMScheduler, scheduler),
     )
     for module in base.components.values():
         module.requires_grad_(False).eval().to(device=device, dtype=dtype)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..datasets.buckets import BatchOrder, images_by_step
 from ..datasets.dataset import Example, Source, bucket_counts, dataset_fingerprint, load_examples
+from ..datasets.folder import METADATA
 from .bases import BaseInfo, inspect_base
 from .config import RunConfig
 from .errors import ConfigError, LorasmithError, Problem, UserError
@@ -26,8 +27,12 @@ class Plan:
     """A validated configuration together with what it was found to mean."""
 
     config: RunConfig
+    """Complete: paths are absolute, and the previews have prompts."""
     base: BaseInfo
+    """As it will be trained: with the prediction type that was asked for."""
     examples: list[Example]
+    prediction_of_base: str
+    """What the base's own scheduler says."""
     processes: int = 1
 
     @cached_property
@@ -66,7 +71,7 @@ class Plan:
         """The plan as plain values, for `--json` and `events.jsonl`."""
         return {
             "name": self.config.name,
-            "base": {"model": self.base.short_name, "family": self.base.family, "prediction": self.prediction},
+            "base": {"model": self.base.short_name, "family": self.base.family, "prediction": self.base.prediction},
             "images": len(self.examples),
             "captions": len(self.captioned),
             "caption_sources": dict(self.caption_sources()),
@@ -78,11 +83,6 @@ class Plan:
             "prompts": self.config.sample.prompts,
             "warnings": list(self.warnings()),
         }
-
-    @property
-    def prediction(self) -> str:
-        chosen = self.config.objective.prediction
-        return self.base.prediction if chosen == "auto" else chosen
 
     @property
     def captioned(self) -> list[Example]:
@@ -106,14 +106,17 @@ class Plan:
             yield f"{_images(len(enlarged))} will be soft, enlarged over {_MUCH_ENLARGED} times: {_names(enlarged)}."
         cropped = [example for example in self.examples if example.fit.cropped_share > _MUCH_CROPPED]
         if cropped:
-            yield f"{_images(len(cropped))} will lose over {_MUCH_CROPPED:.0%} of their area to the crop: {_names(cropped)}."
+            yield f"{_images(len(cropped))} lose over {_MUCH_CROPPED:.0%} of their area to the crop: {_names(cropped)}."
         seen: dict[str, Example] = {}
         for example in self.examples:
             if example.item.sha256 in seen:
                 yield f"{example.name} is the same file as {seen[example.item.sha256].name}; it counts twice."
             seen.setdefault(example.item.sha256, example)
-        if self.prediction != self.base.prediction:
-            yield f"objective.prediction is {self.prediction}, but the base's scheduler says {self.base.prediction}."
+        named = [example for example in self.examples if example.item.source == "folder name"]
+        if named:
+            yield f"{_images(len(named))} have no caption but their folder's name: {_names(named)}."
+        if self.base.prediction != self.prediction_of_base:
+            yield f"objective.prediction is {self.base.prediction}, but the base says {self.prediction_of_base}."
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -125,16 +128,32 @@ def make_plan(config: RunConfig) -> Plan:
     problems: list[Problem] = []
     base = _collect(problems, lambda: inspect_base(config.base.model))
     _collect(problems, lambda: check_devices(config))
-    sources = _sources(config, base)
-    examples = _collect(problems, lambda: load_examples(sources, base.bucket_step if base else 64))
+    _collect(problems, lambda: check_folders(config))
+    _collect(problems, lambda: check_resolutions(config, base))
+    examples = _collect(problems, lambda: load_examples(_sources(config, base), base.bucket_step if base else 64))
     if problems or base is None or examples is None:
         raise UserError.of(problems)
-    if config.sample.every and not config.sample.prompts:
-        config = config.model_copy(deep=True)
-        config.sample.prompts = prompts_from(examples)
+    chosen = config.objective.prediction
+    return Plan(
+        config=_completed(config, examples),
+        base=base if chosen == "auto" else replace(base, prediction=chosen),
+        examples=examples,
+        prediction_of_base=base.prediction,
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+
+
+def _completed(config: RunConfig, examples: list[Example]) -> RunConfig:
+    """The configuration with absolute paths and preview prompts, so that it means the same from anywhere."""
+    config = config.model_copy(deep=True)
+    config.runs = str(Path(config.runs).expanduser().absolute())
+    if Path(config.base.model).expanduser().is_dir():
+        config.base.model = str(Path(config.base.model).expanduser().absolute())
     if config.runtime.cache:
-        _check_cache_is_outside(config)
-    return Plan(config, base, examples, processes=int(os.environ.get("WORLD_SIZE", "1")))
+        config.runtime.cache = str(Path(config.runtime.cache).expanduser().absolute())
+    if config.sample.every and not config.sample.prompts:
+        config.sample.prompts = prompts_from(examples)
+    return config
 
 
 def prompts_from(examples: list[Example]) -> list[str]:
@@ -170,23 +189,46 @@ def check_devices(config: RunConfig) -> None:
     )
 
 
+def check_folders(config: RunConfig) -> None:
+    """What the run writes must not lie among the images it reads, and the cache must be writable.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    cache = Path(config.runtime.cache or ".").expanduser().resolve()
+    written = {"runs": Path(config.runs).expanduser().resolve() / config.name}
+    if config.runtime.cache:
+        written["runtime.cache"] = cache
+        parent = next(folder for folder in (cache, *cache.parents) if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"{cache} cannot be written", "runtime.cache", "Choose another folder, or leave it empty."
+            )
+    for setting, folder in written.items():
+        for data in config.data:
+            if folder.is_relative_to(Path(data.path).resolve()):
+                what = f"{folder} lies inside the dataset folder {data.path}"
+                raise ConfigError(what, setting, "Choose a folder outside of it.")
+
+
+def check_resolutions(config: RunConfig, base: BaseInfo | None) -> None:
+    """No bucket can be smaller than the base's smallest step.
+
+    Raises:
+        ConfigError: naming the data table.
+    """
+    for number, data in enumerate(config.data):
+        if base and 0 < data.resolution < base.bucket_step:
+            what = f"{data.resolution} px is less than the {base.bucket_step} px this base works in"
+            raise ConfigError(what, f"data.{number}.resolution", f"Leave it 0 for the base's {base.resolution} px.")
+
+
 def _sources(config: RunConfig, base: BaseInfo | None) -> list[Source]:
     native = base.resolution if base else 512
     return [
         Source(Path(data.path), data.trigger, data.weight, data.resolution or native, data.caption_dropout)
         for data in config.data
     ]
-
-
-def _check_cache_is_outside(config: RunConfig) -> None:
-    cache = Path(config.runtime.cache).expanduser().resolve()
-    for data in config.data:
-        if cache.is_relative_to(Path(data.path)):
-            raise ConfigError(
-                f"{cache} lies inside the dataset folder {data.path}",
-                "runtime.cache",
-                "Choose a folder outside of it, or leave it empty.",
-            )
 
 
 def _collect(problems: list[Problem], check: Any) -> Any:
@@ -204,13 +246,9 @@ def _kind_of_source(example: Example) -> str:
         return "trigger alone" if example.caption else "no caption"
     if not example.item.caption:
         return "empty caption file" if not example.caption else "trigger alone (empty caption file)"
-    return (
-        source
-        if source == "folder name"
-        else source.split(" line ")[0]
-        if " line " in source
-        else "*" + Path(source).suffix
-    )
+    if source == "folder name":
+        return source
+    return METADATA if source.startswith(f"{METADATA} line ") else "*" + Path(source).suffix
 
 
 def _images(count: int) -> str:

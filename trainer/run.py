@@ -67,15 +67,13 @@ def resume(run: RunFolder, overrides: Sequence[str], listen: Emit) -> Finished:
     config = _config_for_resume(run, overrides)
     plan = make_plan(config)
     saved = run.saved_steps()
-    if saved and saved[-1] >= plan.steps:
+    if saved and saved[-1] >= plan.steps and run.status().state == "done":
         raise RunError(
             f"has all of its {plan.steps} steps already",
             str(run.path),
             f"To go on, raise the budget: lorasmith resume {run.path} --set budget.images={2 * plan.images}",
         )
     checkpoint = load_checkpoint(run.checkpoint(saved[-1])) if saved else None
-    if overrides and _is_main_process():
-        write_config(plan.config, run.config)
     return _carry_out(plan, run, checkpoint, listen)
 
 
@@ -118,6 +116,7 @@ def _carry_out(plan: Plan, run: RunFolder, checkpoint: Checkpoint | None, listen
     main = _is_main_process()
     if main:
         run.take_ownership()
+        write_config(plan.config, run.config)
     log = EventLog(run.events) if main else None
 
     def emit(event: Event) -> None:
@@ -148,6 +147,8 @@ def _carry_out(plan: Plan, run: RunFolder, checkpoint: Checkpoint | None, listen
         )
         emit(Failed(str(failure)))
         raise failure from error
+    except UserError:
+        raise  # nothing was begun, so the run stands where it stood
     except Exception as error:
         emit(Failed(str(error) if isinstance(error, LorasmithError) else f"{type(error).__name__}: {error}"))
         raise

@@ -57,7 +57,7 @@ def _draw_together(base: Base, prompts: Sequence[str], seeds: Sequence[int], rec
             width=recipe.size,
             output_type="latent",
         ).images
-    pixels = base.vae.decode(latents.float() / base.vae.config.scaling_factor).sample
+    pixels = base.decode(latents)
     pixels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in pixels]
 

@@ -99,9 +99,7 @@ class StyleMeasure:
                 where=f"style measure: {len(base_pictures)} base and {len(target_pictures)} target pictures",
                 fix="give at least a few pictures of each style",
             )
-        classifier = make_pipeline(
-            StandardScaler(), LogisticRegression(C=INVERSE_REGULARISATION, max_iter=5000)
-        )
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=INVERSE_REGULARISATION, max_iter=5000))
         features = [_true_features(vae, pictures) for pictures in (base_pictures, target_pictures)]
         is_target = np.repeat([0, 1], [len(base_pictures), len(target_pictures)])
         classifier.fit(np.concatenate(features), is_target)
@@ -187,7 +185,5 @@ class StyleScore:
             f"{self.layout_lora:.3f} with it ({abs(self.layout_change):.0%} {nearer} the true picture).",
         ]
         if self.layout_wrong is not None:
-            lines.append(
-                f"For scale: distance to the true pictures of other concepts is {self.layout_wrong:.3f}."
-            )
+            lines.append(f"For scale: distance to the true pictures of other concepts is {self.layout_wrong:.3f}.")
         return lines

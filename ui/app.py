@@ -1,4 +1,4 @@
-"""The browser app: start a run with three answers, watch runs, take their files. All it knows it reads from run folders."""
+"""The browser app: start a run with three answers, watch runs, take their files. All it knows is in run folders."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def _runs_tab(page: gr.Blocks, folder: Path) -> None:
     def refresh(name: str | None, before: Any) -> list[Any]:
         return view(folder, name, before)
 
-    gr.Timer(REFRESH_SECONDS).tick(refresh, [picked, shown], views, show_progress="hidden", api_name=False)
-    picked.change(refresh, [picked, shown], views, show_progress="hidden", api_name=False)
-    page.load(lambda: view(folder, None, None), None, views, show_progress="hidden", api_name=False)
-    stop.click(lambda name: ask_to_stop(folder, name), picked, sentence, api_name=False)
+    gr.Timer(REFRESH_SECONDS).tick(refresh, [picked, shown], views, show_progress="hidden", api_visibility="private")
+    picked.change(refresh, [picked, shown], views, show_progress="hidden", api_visibility="private")
+    page.load(lambda: view(folder, None, None), None, views, show_progress="hidden", api_visibility="private")
+    stop.click(lambda name: ask_to_stop(folder, name), picked, sentence, api_visibility="private")
 
     def api_status(name: str) -> str:
         return sentence_of(folder, name)
