@@ -10,17 +10,20 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..trainer.errors import DataError, Problem
 from ..trainer.files import sha256_of
 from .captions import tidy
-from .images import IMAGE_SUFFIXES, UnreadableImageError, read_rgb
+from .images import IMAGE_SUFFIXES, UNREAD_IMAGES, UnreadableImageError, read_rgb
 
 SIDECAR_SUFFIXES = (".txt", ".caption")
 UNREAD_SIDECARS = (".json", ".tags", ".cap", ".captions")
 METADATA = "metadata.jsonl"
+UNREAD_METADATA = ("metadata.csv", "metadata.parquet")
+MOST_REPEATS = 500
 _ABOUT_THE_FOLDER = {"readme", "license", "licence", "notice", "copying", "attribution", "credits", "requirements"}
 _REPEATS = re.compile(r"(\d+)_(.+)")
 
@@ -53,144 +56,204 @@ def scan(folder: Path) -> list[Item]:
     if not folder.is_dir():
         what = "is a file, not a folder of images" if folder.is_file() else "there is no such folder"
         raise DataError(what, str(folder), "Set data.path to the folder that holds your images.")
-    files = sorted(_walk(folder))
+    problems: list[Problem] = []
+    files = sorted(_walk(folder, problems))
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
-        found = Counter(file.suffix.lower() or "no suffix" for file in files)
-        seen = ", ".join(f"{count} x {suffix}" for suffix, count in found.most_common(5)) or "it is empty"
-        raise DataError(f"holds no images ({seen})", str(folder), f"Known are {', '.join(sorted(IMAGE_SUFFIXES))}.")
-    captions, problems = _read_captions(files, images)
-    items = []
-    for image in images:
-        try:
-            items.append(_item(folder, image, captions.get(image)))
-        except UnreadableImageError as error:
-            problems.append(Problem(str(image), f"cannot be read as an image ({error})", "Save it again or remove it."))
-        except PermissionError:
-            problems.append(Problem(str(image), "may not be read", "Change its permissions or remove it."))
+        raise DataError.of([_no_images(folder, files), *problems])
+    problems += _ignored(folder, files, images)
+    captions = _Captions(images, problems).read(files)
+    items = [item for image in images if (item := _item(folder, image, captions.get(image), problems))]
     if problems:
         raise DataError.of(problems)
     return items
 
 
-def _walk(folder: Path) -> list[Path]:
-    """All files, without hidden ones and the folders that systems and tools leave behind."""
+def _walk(folder: Path, problems: list[Problem]) -> list[Path]:
+    """All files, without hidden ones and the folders that systems and tools leave behind; each folder once."""
+
+    def cannot_open(error: OSError) -> None:
+        problems.append(Problem(str(error.filename), f"cannot be opened ({error.strerror})", "Change its permissions."))
+
     found: list[Path] = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "@")) and name != "__MACOSX"]
+    visited: set[str] = set()
+    for parent, folders, names in os.walk(folder, onerror=cannot_open, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in visited:  # a link has led back
+            folders.clear()
+            continue
+        visited.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "@")) and name != "__MACOSX")
         found += [Path(parent, name) for name in names if not name.startswith(".") and name != "Thumbs.db"]
     return found
 
 
-def _item(folder: Path, image: Path, caption: tuple[str, str] | None) -> Item:
-    picture, notes = read_rgb(image)
-    repeats, class_name = _kohya_folder(folder, image)
+def _no_images(folder: Path, files: list[Path]) -> Problem:
+    found = Counter(file.suffix.lower() or "no suffix" for file in files)
+    seen = ", ".join(f"{count} x {suffix}" for suffix, count in found.most_common(5)) or "it is empty"
+    return Problem(str(folder), f"holds no images ({seen})", f"Known are {', '.join(sorted(IMAGE_SUFFIXES))}.")
+
+
+def _ignored(folder: Path, files: list[Path], images: list[Path]) -> Iterator[Problem]:
+    """Files and folders that a person may take for a part of the data, and that are none."""
+    for file in files:
+        if file.suffix.lower() in UNREAD_IMAGES:
+            yield Problem(
+                str(file), "is a kind of image that is not read", "Save it as PNG or JPEG, or move it elsewhere."
+            )
+        elif file.name in UNREAD_METADATA:
+            yield Problem(
+                str(file),
+                f"looks like captions, but {file.suffix} tables are not read",
+                f"Write them to {METADATA}, or to a .txt file beside each image; then remove it.",
+            )
+    kohya_folders = {kohya for image in images if (kohya := _kohya_folder(folder, image))}
+    for kohya in sorted(kohya for kohya in kohya_folders if _repeats_of(kohya) == 0):
+        yield Problem(
+            str(kohya),
+            "asks for 0 repeats, so its images would never be shown",
+            "Rename it to begin with another number, or move it elsewhere.",
+        )
+
+
+def _item(folder: Path, image: Path, caption: tuple[str, str] | None, problems: list[Problem]) -> Item | None:
+    """An image with all that is known of it; or None, with its problem added to the list."""
+    try:
+        (picture, notes), sha256 = read_rgb(image), sha256_of(image)
+    except UnreadableImageError as error:
+        problems.append(Problem(str(image), f"cannot be read as an image ({error})", "Save it again or remove it."))
+        return None
+    except OSError as error:
+        problems.append(_cannot_be_read(image, error))
+        return None
+    kohya = _kohya_folder(folder, image)
+    class_name = tidy(kohya.name.partition("_")[2].replace("_", " ")) if kohya else ""
     text, source = caption or (class_name, "folder name" if class_name else "none")
     return Item(
         path=image,
-        sha256=sha256_of(image),
+        sha256=sha256,
         width=picture.width,
         height=picture.height,
         caption=text,
         source=source,
-        repeats=repeats,
+        repeats=_repeats_of(kohya) if kohya else 1,
         notes=notes,
     )
 
 
-def _kohya_folder(folder: Path, image: Path) -> tuple[int, str]:
-    """Repeats and class name of the nearest `10_name` folder above an image; 1 and no name without one."""
+def _kohya_folder(folder: Path, image: Path) -> Path | None:
+    """The nearest `10_name` folder above an image.
+
+    A number over 500 is no repeats but a date or a year, as in `2024_summer`, which nobody meant to show 2024 times.
+    """
     for parent in image.parents:
-        if match := _REPEATS.fullmatch(parent.name):
-            return max(int(match[1]), 1), tidy(match[2].replace("_", " "))
+        if _REPEATS.fullmatch(parent.name) and _repeats_of(parent) <= MOST_REPEATS:
+            return parent
         if parent == folder:
             break
-    return 1, ""
+    return None
+
+
+def _repeats_of(kohya_folder: Path) -> int:
+    return int(kohya_folder.name.partition("_")[0])
+
+
+def _cannot_be_read(file: Path, error: OSError) -> Problem:
+    return Problem(str(file), f"cannot be read ({error.strerror})", "Change its permissions or remove it.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # captions
 
 
-def _read_captions(files: list[Path], images: list[Path]) -> tuple[dict[Path, tuple[str, str]], list[Problem]]:
-    """Captions by image as (text, source), and everything that would have been ignored."""
-    captions: dict[Path, tuple[str, str]] = {}
-    problems: list[Problem] = []
-    for file in files:
-        if file.name == METADATA:
-            _read_metadata(file, set(images), captions, problems)
-    by_stem: dict[tuple[Path, str], list[Path]] = {}
-    for image in images:
-        by_stem.setdefault((image.parent, image.stem), []).append(image)
-    for file in files:
-        suffix = file.suffix.lower()
-        owners = by_stem.get((file.parent, file.stem), []) or by_stem.get((file.parent, Path(file.stem).stem), [])
-        if suffix in SIDECAR_SUFFIXES:
-            _read_sidecar(file, owners, captions, problems)
-        elif suffix in UNREAD_SIDECARS and owners:
-            problems.append(
-                Problem(
-                    str(file),
-                    f"looks like a caption, but {suffix} files are not read",
-                    "Move its text to a .txt file, or remove it.",
-                )
-            )
-    return captions, problems
+class _Captions:
+    """Captions by image as (text, source); what would have been ignored is added to the list of problems."""
 
+    def __init__(self, images: Iterable[Path], problems: list[Problem]) -> None:
+        self.problems = problems
+        self.found: dict[Path, tuple[str, str]] = {}
+        self.by_path: dict[str, Path] = {}
+        self.by_stem: dict[Path, list[Path]] = {}
+        for image in images:
+            self.by_path[os.path.normpath(image)] = image
+            self.by_stem.setdefault(image.with_suffix(""), []).append(image)
 
-def _read_sidecar(
-    file: Path, owners: list[Path], captions: dict[Path, tuple[str, str]], problems: list[Problem]
-) -> None:
-    if not owners:
-        if file.stem.lower() not in _ABOUT_THE_FOLDER:
-            problems.append(
-                Problem(
-                    str(file),
+    def read(self, files: list[Path]) -> dict[Path, tuple[str, str]]:
+        """The captions that metadata and sidecars hold."""
+        for file in files:
+            if file.name == METADATA:
+                self._read_metadata(file)
+        for file in files:
+            suffix, owners = file.suffix.lower(), self._owners(file)
+            if suffix in SIDECAR_SUFFIXES and owners:
+                self._read_sidecar(file, owners)
+            elif suffix in SIDECAR_SUFFIXES and file.stem.lower() not in _ABOUT_THE_FOLDER:
+                self._problem(
+                    file,
                     "is a caption without an image, so it would be ignored",
                     "Give it the name of its image, or remove it.",
                 )
-            )
-        return
-    try:
-        text = tidy(file.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        problems.append(
-            Problem(str(file), f"is not UTF-8 text ({error.reason} at byte {error.start})", "Save it as UTF-8.")
-        )
-        return
-    for image in owners:
-        if image in captions:
-            problems.append(
-                Problem(
-                    str(file),
-                    f"{image.name} has a caption in {captions[image][1]} already",
+            elif suffix in UNREAD_SIDECARS and owners:
+                self._problem(
+                    file,
+                    f"looks like a caption, but {suffix} files are not read",
+                    "Move its text to a .txt file, or remove it.",
+                )
+        return self.found
+
+    def _owners(self, sidecar: Path) -> list[Path]:
+        """The image whose whole name stands before the sidecar's suffix, as in `a.png.txt`; or all of its stem."""
+        name = sidecar.with_suffix("")
+        exact = self.by_path.get(os.path.normpath(name))
+        return [exact] if exact else self.by_stem.get(name, [])
+
+    def _read_sidecar(self, file: Path, owners: list[Path]) -> None:
+        text = self._text(file)
+        if text is None:
+            return
+        for image in owners:
+            if image in self.found:
+                self._problem(
+                    file,
+                    f"{image.name} has a caption in {self.found[image][1]} already",
                     "Keep one of the two; the other would be ignored.",
                 )
-            )
-        else:
-            captions[image] = (text, file.name)
+            else:
+                self.found[image] = (tidy(text), file.name)
 
+    def _read_metadata(self, file: Path) -> None:
+        """Hugging Face imagefolder: one JSON object a line with `file_name` and `text`."""
+        for number, line in enumerate((self._text(file) or "").split("\n"), start=1):
+            if line.strip():
+                self._read_row(file, number, line)
 
-def _read_metadata(
-    file: Path, images: set[Path], captions: dict[Path, tuple[str, str]], problems: list[Problem]
-) -> None:
-    """Hugging Face imagefolder: one JSON object a line with `file_name` and `text`."""
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
+    def _read_row(self, file: Path, number: int, line: str) -> None:
         where = f"{file} line {number}"
         try:
             row = json.loads(line)
             name, text = row["file_name"], row.get("text", row.get("caption"))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            problems.append(Problem(where, "is not a JSON object with a file_name", "Mend or remove the line."))
-            continue
-        image = Path(os.path.normpath(file.parent / str(name)))
-        if image not in images:
-            problems.append(Problem(where, f"names {name!r}, which is no image here", "Mend or remove the line."))
+            self._problem(where, "is not a JSON object with a file_name", "Mend or remove the line.")
+            return
+        image = self.by_path.get(os.path.normpath(file.parent / str(name)))
+        if image is None:
+            self._problem(where, f"names {name!r}, which is no image here", "Mend or remove the line.")
         elif not isinstance(text, str):
-            problems.append(Problem(where, 'has no "text"', 'Add "text": "the caption".'))
-        elif image in captions:
-            problems.append(Problem(where, f"is a second caption for {name}", "Keep one of the two."))
+            self._problem(where, 'has no "text"', 'Add "text": "the caption".')
+        elif image in self.found:
+            self._problem(where, f"is a second caption for {name}", "Keep one of the two.")
         else:
-            captions[image] = (tidy(text), f"{METADATA} line {number}")
+            self.found[image] = (tidy(text), f"{METADATA} line {number}")
+
+    def _text(self, file: Path) -> str | None:
+        """What a text file holds; None, with a problem, if it cannot be read."""
+        try:
+            return file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            self._problem(file, f"is not UTF-8 text ({error.reason} at byte {error.start})", "Save it as UTF-8.")
+        except OSError as error:
+            self.problems.append(_cannot_be_read(file, error))
+        return None
+
+    def _problem(self, where: Path | str, what: str, fix: str) -> None:
+        self.problems.append(Problem(str(where), what, fix))

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
+UNREAD_IMAGES = {
+    *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".tga", ".exr", ".hdr", ".ico", ".svg"),
+    *(".psd", ".psb", ".xcf", ".kra"),  # of painting programs
+    *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"),  # of cameras
+}
+"""Suffixes of pictures that are not read, so that a folder which holds some is not taken for complete."""
 EXIF_ORIENTATION = 0x0112
 
 
@@ -34,13 +41,14 @@ def read_rgb(path: Path) -> tuple[Image.Image, tuple[str, ...]]:
         raise UnreadableImageError(str(error)) from error
     if orientation not in (0, 1):
         notes.append(f"rotated by EXIF orientation {orientation}")
+    mode, image = image.mode, _to_8_bit(image)
     if image.has_transparency_data:
         if min(image.convert("RGBA").getchannel("A").tobytes()) < 255:
             notes.append("transparency laid on white")
         image = on_white(image)
-    elif image.mode != "RGB":
-        notes.append(f"converted from {image.mode} to RGB")
-        image = _to_8_bit(image).convert("RGB")
+    elif mode != "RGB":
+        notes.append(f"converted from {mode} to RGB")
+        image = image.convert("RGB")
     return image, tuple(notes)
 
 
@@ -53,7 +61,12 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8-bit grey; Pillow's own conversion would clip instead of scale."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        return image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    return image
+    """16-bit grey to 8-bit grey, with alpha if a value is transparent; Pillow would clip instead of scale."""
+    if not (image.mode.startswith("I;16") or image.mode == "I"):
+        return image
+    values = np.asarray(image.convert("I"))
+    grey = Image.fromarray((values // 257).clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info:
+        opaque = values != image.info["transparency"]
+        grey.putalpha(Image.fromarray(np.where(opaque, 255, 0).astype(np.uint8)))
+    return grey

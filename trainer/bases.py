@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import ssl
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 from .architectures import ARCHITECTURES
 from .errors import BaseModelError
@@ -16,6 +20,7 @@ FamilyName = Literal["sd1", "sd2", "sdxl"]
 POCKET = Path(__file__).parent / "pocket"
 FAMILY_TITLES: dict[FamilyName, str] = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "SDXL"}
 _ACCEPTED = "Give a diffusers folder, a Hub id such as owner/name, pocket, or random:sd15, random:sd21, random:sdxl."
+_HUB_TIMEOUT = 4  # seconds
 
 
 @dataclass(frozen=True)
@@ -81,26 +86,74 @@ def _inspect_folder(model: str, folder: Path) -> BaseInfo:
 
 
 def _inspect_hub(model: str) -> BaseInfo:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
-        files = [Path(hf_hub_download(model, name)) for name in ("model_index.json", *_CONFIG_FILES)]
-    except (LocalEntryNotFoundError, ConnectionError, OSError) as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            raise BaseModelError(f"{model} on the Hub is not a diffusers model", "base.model", _ACCEPTED) from error
-        if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
-            raise BaseModelError(
-                f"the Hub refuses {model}: {_first_line(error)}",
-                "base.model",
-                "Check the name; for a gated model run: hf auth login",
-            ) from error
+        files = _hub_files(model, ["model_index.json", *_CONFIG_FILES])
+    except HFValidationError as error:
+        raise BaseModelError(f"{model} is neither a folder here nor a Hub id", "base.model", _ACCEPTED) from error
+    except LocalEntryNotFoundError as error:  # a kind of the next one
+        raise _unreachable(model) from error
+    except EntryNotFoundError as error:
+        raise BaseModelError(f"{model} on the Hub is not a diffusers model", "base.model", _ACCEPTED) from error
+    except HfHubHTTPError as error:
         raise BaseModelError(
-            f"{model} is no folder here, and the Hugging Face Hub cannot be reached",
+            f"the Hub refuses {model}: {_first_line(error)}",
             "base.model",
-            "Check the name and the connection, or give a folder.",
+            "Check the name; for a gated model run: hf auth login",
         ) from error
+    except OSError as error:
+        raise _unreachable(model) from error
     return _recognise(model, model, *(_read_json(file) for file in files[1:]))
+
+
+def _hub_files(model: str, names: Sequence[str]) -> list[Path]:
+    """Files of a model: from this computer's cache if all are there, else from the Hub."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.utils import logging
+
+    cached = [try_to_load_from_cache(model, name) for name in names]
+    files = [Path(file) for file in cached if isinstance(file, str)]
+    if len(files) == len(names):
+        return files
+    if not _hub_answers():
+        raise _unreachable(model)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the lines of its retries; what it cannot do, it raises
+    try:
+        return [Path(hf_hub_download(model, name)) for name in names]
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _hub_answers() -> bool:
+    """Whether anything answers at the Hub's address; asked first, because huggingface_hub tries for half a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_HUB_TIMEOUT).close()
+    except HTTPError as error:
+        error.close()
+    except URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # huggingface_hub brings certificates of its own
+    except OSError:
+        return False
+    return True
+
+
+def _unreachable(model: str) -> BaseModelError:
+    return BaseModelError(
+        f"{model} is no folder here, and the Hugging Face Hub cannot be reached",
+        "base.model",
+        "Check the name and the connection, or give a folder.",
+    )
 
 
 _CONFIG_FILES = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
@@ -128,26 +181,53 @@ def _recognise(
             "base.model",
             "Only epsilon and v_prediction bases can be trained.",
         )
-    vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    unet_factor = 2 ** (len(unet["block_out_channels"]) - 1)
+    vae_factor, unet_factor = (2 ** (_levels(config, model) - 1) for config in (vae, unet))
     return BaseInfo(
         model=model,
         source=source,
         family=family,
         prediction=prediction,
-        resolution=int(unet["sample_size"]) * vae_factor,
+        resolution=_side(unet, model) * vae_factor,
         vae_factor=vae_factor,
         bucket_step=vae_factor * unet_factor,
     )
 
 
+def _levels(config: dict[str, Any], model: str) -> int:
+    """How many resolutions a UNet or VAE works at; each next one halves the sides."""
+    channels = config.get("block_out_channels")
+    if not isinstance(channels, list) or not channels:
+        raise _unclear(config, "block_out_channels", model)
+    return len(channels)
+
+
+def _side(unet: dict[str, Any], model: str) -> int:
+    """Side of the square of latents the UNet was trained at."""
+    side = unet.get("sample_size")
+    if not isinstance(side, int) or side < 1:
+        raise _unclear(unet, "sample_size", model)
+    return side
+
+
+def _unclear(config: dict[str, Any], key: str, model: str) -> BaseModelError:
+    found = f"is {config[key]!r}" if key in config else "is missing"
+    return BaseModelError(f"in a config.json of {model} {key} {found}", "base.model", "Save the model again.")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BaseModelError(f"{path} is missing", "base.model", "The folder is incomplete; save it again.") from None
+    except OSError as error:
+        raise BaseModelError(
+            f"{path} cannot be read ({error.strerror})", "base.model", "Change its permissions."
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BaseModelError(f"{path} is not valid JSON ({error})", "base.model", "Save the model again.") from None
+    if not isinstance(values, dict):
+        raise BaseModelError(f"{path} is not a JSON object", "base.model", "Save the model again.")
+    return values
 
 
 def _first_line(error: Exception) -> str:

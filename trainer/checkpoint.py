@@ -65,13 +65,24 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     try:
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         state = TrainState(**{f.name: values[f.name] for f in fields(TrainState)})
-        adapter = load_file(folder / "adapter.safetensors")
+        adapter = _load_tensors(folder / "adapter.safetensors")
         optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except _SIGNS_OF_DAMAGE as error:
         raise RunError(
             f"cannot be read ({error})", str(folder), "Remove this folder; an earlier one is then used."
         ) from error
     return Checkpoint(state, adapter, optimizer)
+
+
+_SIGNS_OF_DAMAGE = (
+    *(OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError),  # of the files
+    *(ValueError, KeyError, TypeError),  # of what stands in them
+)
+
+
+def _load_tensors(file: Path) -> dict[str, Tensor]:
+    """Copies: tensors mapped into the file would keep it open, and on Windows an open file cannot be pruned."""
+    return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 
 def prune_checkpoints(run: RunFolder, keep: str | int) -> None:

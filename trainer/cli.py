@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import click
 import typer
 
 from . import __version__
-from .errors import ConfigError, LorasmithError, UserError
+from .errors import INTERRUPTED, ConfigError, LorasmithError, UserError
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -30,8 +31,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-INTERRUPTED = 130
-
 ConfigFile = Annotated[Path, typer.Argument(help="The configuration, a TOML file.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or its name under runs/.")]
 Overrides = Annotated[
@@ -45,20 +44,19 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")  # a Windows console may be set to another code page
+    signal.signal(signal.SIGINT, _interrupted)
     try:
-        code = app(standalone_mode=False)
+        app()
     except LorasmithError as error:
         typer.echo(f"error: {error}", err=True)
-        code = error.exit_code
-    except click.exceptions.NoArgsIsHelpError:
-        code = 2
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        typer.echo("interrupted", err=True)
-        code = INTERRUPTED
-    sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(error.exit_code)
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C where there is nothing to save."""
+    del number, frame
+    typer.echo("interrupted", err=True)
+    sys.exit(INTERRUPTED)
 
 
 def _version(wanted: bool) -> None:
@@ -90,7 +88,9 @@ def demo(
     """Train the example style on the embedded base; make before/after pictures and a LoRA file."""
     from .demo import run_demo
 
-    run_demo(out)
+    finished = run_demo(out)
+    if finished.stopped_by:
+        _say_how_it_ended(finished)
 
 
 @app.command()

@@ -6,9 +6,11 @@ default. The order of precedence is: default, then recipe, then file, then `--se
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +18,7 @@ from typing import Any, Literal, get_args
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .errors import ConfigError, Problem, UserError
+from .errors import ConfigError, Problem
 from .files import write_text
 
 Targets = Literal["attention", "attention+ff", "attention+ff+conv"]
@@ -25,9 +27,9 @@ Precision = Literal["auto", "fp32", "fp16", "bf16"]
 
 
 class Section(BaseModel):
-    """A table of the file. Unknown keys are errors; the docstring under a field is its help text."""
+    """A table of the file. Unknown keys and values of another type are errors; a field's docstring is its help text."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class BaseSection(Section):
@@ -44,7 +46,7 @@ class DataSection(Section):
     """The folder of images, flat or nested. A relative path counts from the folder of the configuration file."""
     trigger: str = ""
     """The word that calls the style; put before each caption that does not hold it already. Empty: none."""
-    weight: float = Field(default=1.0, gt=0, le=1000)
+    weight: float = Field(default=1.0, ge=0.01, le=1000)
     """How often each image is shown in one epoch. 2 shows each twice, 0.5 every other epoch."""
     resolution: int = Field(default=0, ge=0, le=4096)
     """Side in pixels of the square whose area every bucket has. 0: the size the base was trained at."""
@@ -118,12 +120,12 @@ class SaveSection(Section):
     keep: Literal["all"] | int = "all"
     """`all`, or how many of the newest checkpoints to keep."""
 
-    @field_validator("keep")
+    @field_validator("keep", mode="plain")  # in place of pydantic's own, which reports a problem for each of the two
     @classmethod
-    def at_least_one(cls, keep: str | int) -> str | int:
-        if isinstance(keep, int) and keep < 1:
-            raise ValueError('must be "all" or a number of at least 1')
-        return keep
+    def all_or_at_least_one(cls, keep: Any) -> str | int:
+        if keep == "all" or (type(keep) is int and keep >= 1):  # True is an int, and no number
+            return keep
+        raise ValueError('must be "all" or a number of at least 1')
 
 
 class SampleSection(Section):
@@ -180,6 +182,10 @@ class RunConfig(Section):
     def a_plain_file_name(cls, name: str) -> str:
         if not re.fullmatch(r"[^\W_][\w. -]*", name) or name.endswith((".", " ")):
             raise ValueError("must start with a letter or digit and hold only letters, digits, spaces and . _ -")
+        if _WINDOWS_DEVICE.fullmatch(name.partition(".")[0].rstrip()):
+            raise ValueError("must not be the name of a device, which Windows takes for no file")
+        if len(name.encode()) > _LONGEST_NAME:
+            raise ValueError(f"must be at most {_LONGEST_NAME} bytes long, and these letters are {len(name.encode())}")
         return name
 
     @model_validator(mode="after")
@@ -195,8 +201,8 @@ class RunConfig(Section):
             yield Problem(
                 "adapter.unet", "nothing is trained: adapter.text_encoder is off as well", "Set one of the two to true."
             )
-        parts = (("unet", adapter.unet, "lr"), ("text_encoder", adapter.text_encoder, "text_encoder_lr"))
-        for part, trained, key in parts:
+        for part, key in _RATES.items():
+            trained = getattr(adapter, part)
             if trained and getattr(optimizer, key) == 0:
                 yield Problem(
                     f"optimizer.{key}",
@@ -213,7 +219,10 @@ class RunConfig(Section):
                 )
 
 
+_RATES = {"unet": "lr", "text_encoder": "text_encoder_lr"}  # what can be trained, and its learning rate
 _NESTED_PROBLEMS = "several settings have no effect"
+_WINDOWS_DEVICE = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9¹²³]", re.IGNORECASE)
+_LONGEST_NAME = 200  # bytes; most disks take 255, and a file adds its suffix and a temporary name to the run's
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,10 +235,7 @@ def read_config(path: Path, overrides: Sequence[str] = (), recipe: Mapping[str, 
     Raises:
         ConfigError: with every problem of the file at once, each with its dotted path.
     """
-    values = merge(recipe or {}, read_toml(path))
-    for override in overrides:
-        set_value(values, override)
-    config = validate(values, source=path.name)
+    config = validate(merge(recipe or {}, read_toml(path)), path.name, overrides)
     for data in config.data:
         data.path = str(_absolute(data.path, path.parent))
     return config
@@ -237,34 +243,50 @@ def read_config(path: Path, overrides: Sequence[str] = (), recipe: Mapping[str, 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file as plain dictionaries."""
+    if path.is_dir():
+        raise ConfigError("is a folder, not a configuration file", str(path), "Name a .toml file.")
     try:
         return tomlkit.parse(path.read_text(encoding="utf-8-sig")).unwrap()
     except FileNotFoundError:
         raise ConfigError("no such file", str(path), "Write one with: lorasmith init FILE --images DIR") from None
-    except IsADirectoryError:
-        raise ConfigError("is a folder, not a configuration file", str(path), "Name a .toml file.") from None
+    except OSError as error:
+        raise ConfigError(f"cannot be read ({error.strerror})", str(path), "Check its path and permissions.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"is not UTF-8 text ({error.reason})", str(path), "Save it as UTF-8.") from None
     except tomlkit.exceptions.TOMLKitError as error:
         raise ConfigError(f"is not valid TOML: {error}", str(path), "Mend that line.") from None
 
 
-def validate(values: Mapping[str, Any], source: str = "configuration") -> RunConfig:
-    """Values to a `RunConfig`; all problems in one `ConfigError`."""
+def validate(values: Mapping[str, Any], source: str = "configuration", overrides: Sequence[str] = ()) -> RunConfig:
+    """Values under `--set` overrides to a `RunConfig`; all problems in one `ConfigError`."""
+    values = copy.deepcopy(dict(values))
+    for override in overrides:
+        set_value(values, override)
+    given = {".".join(_parts_of(override)[0]) for override in overrides}
+    _forget_rates_of_what_was_switched_off(values, given)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        problems = [problem for detail in error.errors() for problem in _explain(detail, source)]
-        raise ConfigError.of(problems) from None
+        details = [*error.errors(), *_hidden_errors(values, error)]
+    problems = [problem for detail in details for problem in _explain(detail)]
+    raise ConfigError.of(_placed(problem, source, given) for problem in problems)
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables are laid over each other key by key; any other value of `over` replaces the one of `under`."""
-    merged = dict(under)
+    """Tables are laid over each other key by key; any other value of `over` replaces the one of `under`.
+
+    Nothing is shared with what was given, so that a change of the result leaves a recipe as it was.
+    """
+    merged = {key: copy.deepcopy(value) for key, value in under.items()}
     for key, value in over.items():
         below = merged.get(key)
-        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        both_tables = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(below, value) if both_tables else copy.deepcopy(value)
     return merged
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --set
 
 
 def set_value(values: dict[str, Any], override: str) -> None:
@@ -272,29 +294,49 @@ def set_value(values: dict[str, Any], override: str) -> None:
 
     `data.path=...` sets the first data table, `data.1.path=...` the second.
     """
+    keys, text = _parts_of(override)
+    table: Any = values
+    for key, following in pairwise(keys):
+        table = _below(table, key, following, override)
+    if not isinstance(table, dict):
+        raise ConfigError("does not name a setting", f"--set {override}", "Name it by its dotted path.")
+    table[keys[-1]] = _value_of(keys, text)
+
+
+def _parts_of(override: str) -> tuple[list[str], str]:
+    """The keys and the text of `section.key=value`."""
     dotted, equals, text = override.partition("=")
     keys = [key.strip() for key in dotted.split(".")]
     if not equals or not all(keys):
         raise ConfigError("is not of the form section.key=value", f"--set {override}", "Example: --set adapter.rank=8")
     if keys[0] == "data" and len(keys) == 2:
         keys.insert(1, "0")
-    table: Any = values
-    for key, following in pairwise(keys):
-        if isinstance(table, list):
-            table = _list_entry(table, key, override)
-        else:
-            table = table.setdefault(key, [] if following.isdigit() else {})
-    if isinstance(table, list) or not isinstance(table, dict):
-        raise ConfigError("does not name a setting", f"--set {override}", "Name it by its dotted path.")
-    table[keys[-1]] = _toml_value(text.strip())
+    return keys, text.strip()
+
+
+def _below(table: Any, key: str, following: str, override: str) -> Any:
+    """What stands under a key, made if it is not there yet."""
+    if isinstance(table, list):
+        return _list_entry(table, key, override)
+    if isinstance(table, dict):
+        return table.setdefault(key, [] if following.isdecimal() else {})
+    raise ConfigError("does not name a setting", f"--set {override}", "Name it by its dotted path.")
 
 
 def _list_entry(tables: list[Any], key: str, override: str) -> Any:
-    if not key.isdigit() or int(key) > len(tables):
+    if not key.isdecimal() or int(key) > len(tables):
         raise ConfigError(f"there is no table number {key}", f"--set {override}", "The first one is number 0.")
     if int(key) == len(tables):
         tables.append({})
     return tables[int(key)]
+
+
+def _value_of(keys: Sequence[str], text: str) -> Any:
+    """The text as TOML. Where the setting is a text, only quotes are TOML: `name=2024` is no number."""
+    value = _toml_value(text)
+    dotted = _dotted(key for key in keys if not key.isdecimal())
+    is_text = any(field.annotation is str for name, field in settings() if name == dotted)
+    return text if is_text and not isinstance(value, str) else value
 
 
 def _toml_value(text: str) -> Any:
@@ -304,25 +346,65 @@ def _toml_value(text: str) -> Any:
         return text
 
 
+def _forget_rates_of_what_was_switched_off(values: dict[str, Any], given: Collection[str]) -> None:
+    """`--set adapter.unet=false` means its rate as well, which a complete file spells out."""
+    adapter, optimizer = values.get("adapter"), values.get("optimizer")
+    if not isinstance(adapter, dict) or not isinstance(optimizer, dict):
+        return
+    for part, rate in _RATES.items():
+        if f"adapter.{part}" in given and adapter.get(part) is False and f"optimizer.{rate}" not in given:
+            optimizer.pop(rate, None)
+
+
 def _absolute(path: str, start: Path) -> Path:
     return (start.absolute() / Path(path).expanduser()).resolve()
 
 
-def _explain(detail: Any, source: str) -> Iterator[Problem]:
-    """One pydantic error in the words of this project."""
-    path = [part for part in detail["loc"] if not str(part).startswith(("literal[", "int", "constrained"))]
-    dotted = ".".join(str(part) for part in path)
+# ---------------------------------------------------------------------------------------------------------------------
+# problems
+
+
+def _hidden_errors(values: Mapping[str, Any], error: ValidationError) -> list[Any]:
+    """Settings without effect, which pydantic looks for only when each single value is right.
+
+    So it looks again, at the two tables that are compared, without the values that are wrong.
+    """
+    wrong = [detail["loc"] for detail in error.errors()]
+    if () in wrong:  # then it has looked
+        return []
+    wrong += [("optimizer", rate) for part, rate in _RATES.items() if ("adapter", part) in wrong]
+    sound: dict[str, Any] = {"name": "x", "data": [{"path": "x"}]}
+    for name in ("adapter", "optimizer"):
+        if isinstance(table := values.get(name, {}), Mapping):
+            sound[name] = {key: value for key, value in table.items() if (name, key) not in wrong}
+    try:
+        RunConfig.model_validate(sound)
+    except ValidationError as hidden:
+        return hidden.errors()
+    return []
+
+
+def _explain(detail: Any) -> Iterator[Problem]:
+    """One pydantic error in the words of this project, at its dotted path."""
+    path = detail["loc"]
+    dotted = _dotted(path)
     nested = detail.get("ctx", {}).get("error")
     if isinstance(nested, ValueError) and nested.args and nested.args[0] == _NESTED_PROBLEMS:
-        yield from (Problem(f"{source}: {p.where}", p.what, p.fix) for p in nested.args[1])
+        yield from nested.args[1]
     elif detail["type"] == "extra_forbidden":
-        yield Problem(f"{source}: {dotted}", "unknown key", _did_you_mean(path))
+        yield Problem(dotted, "unknown key", _did_you_mean(path))
     elif detail["type"] == "missing":
-        yield Problem(f"{source}: {dotted}", "is missing", _HOW_TO_GIVE.get(dotted, "Give it a value."))
+        yield Problem(dotted, "is missing", _HOW_TO_GIVE.get(dotted, "Give it a value."))
     else:
         message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
         shown = "" if isinstance(detail["input"], dict | list) else f" (it is {detail['input']!r})"
-        yield Problem(f"{source}: {dotted}", f"{message}{shown}", _help_of(path))
+        yield Problem(dotted, f"{message}{shown}", _help_of(path))
+
+
+def _placed(problem: Problem, source: str, given: Collection[str]) -> Problem:
+    """The problem with the place a person has to go to: the file, or the `--set` that gave the value."""
+    by_set = any(f"{dotted}.".startswith(f"{problem.where}.") for dotted in given)
+    return replace(problem, where=f"--set {problem.where}" if by_set else f"{source}: {problem.where}")
 
 
 _HOW_TO_GIVE = {
@@ -332,20 +414,30 @@ _HOW_TO_GIVE = {
 
 
 def _did_you_mean(path: Sequence[Any]) -> str:
+    """A setting of a similar name: of the same table, or else of another one."""
+    section, _, wanted = _setting_at(path).rpartition(".")
     known = [dotted for dotted, _ in settings()]
-    known += [name for name, field in RunConfig.model_fields.items() if _table_of(field.annotation)]
-    wanted = ".".join(str(part) for part in path if not isinstance(part, int))
-    siblings = [name for name in known if name.rpartition(".")[0] == wanted.rpartition(".")[0]]
-    last = {name.rpartition(".")[2]: name for name in known}
-    close = difflib.get_close_matches(wanted, siblings + known, n=1, cutoff=0.6)
-    if not close and (same := difflib.get_close_matches(wanted.rpartition(".")[2], list(last), n=1, cutoff=0.75)):
-        close = [last[same[0]]]
-    return f"Did you mean {close[0]}?" if close else f"Known here: {', '.join(siblings)}."
+    siblings = [dotted for dotted in known if dotted.rpartition(".")[0] == section]
+    if not section:
+        siblings += [name for name, field in RunConfig.model_fields.items() if _table_of(field.annotation)]
+    for candidates, likeness in ((siblings, 0.6), (known, 0.75)):
+        by_name = {dotted.rpartition(".")[2]: dotted for dotted in candidates}
+        if close := difflib.get_close_matches(wanted, by_name, n=1, cutoff=likeness):
+            return f"Did you mean {by_name[close[0]]}?"
+    return f"Known here: {', '.join(siblings)}."
 
 
 def _help_of(path: Sequence[Any]) -> str:
-    wanted = ".".join(str(part) for part in path if not isinstance(part, int))
-    return next((field.description or "" for dotted, field in settings() if dotted == wanted), "")
+    return next((field.description or "" for dotted, field in settings() if dotted == _setting_at(path)), "")
+
+
+def _setting_at(path: Sequence[Any]) -> str:
+    """The dotted path of a setting, of whichever table in a list."""
+    return _dotted(part for part in path if not isinstance(part, int))
+
+
+def _dotted(path: Iterable[Any]) -> str:
+    return ".".join(str(part) for part in path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,6 +496,3 @@ def _fill(table: Any, section: Section, comments: bool, skip: Sequence[str] = ()
         table.add(name, getattr(section, name))
     table.add(tomlkit.nl())
     return table
-
-
-__all__ = ["RunConfig", "UserError", "read_config", "settings", "to_toml", "validate", "write_config"]

@@ -29,7 +29,7 @@ STYLE = "blueprint"
 IN_THE_GRID = 16
 
 
-def run_demo(folder: Path) -> RunFolder:
+def run_demo(folder: Path) -> run.Finished:
     """Train, export and verify, draw the held-out concepts without and with the LoRA, and print the style measure."""
     answers = {
         "name": _free_name(folder, STYLE),
@@ -41,7 +41,7 @@ def run_demo(folder: Path) -> RunFolder:
     with Reporter() as report:
         finished = run.train(plan, report)
     if finished.stopped_by:
-        raise KeyboardInterrupt
+        return finished
 
     trained, plan, base, _ = run.load_run(finished.run.path, None)
     recipe = Recipe.of(plan.config.sample, plan.base.resolution)
@@ -57,7 +57,7 @@ def run_demo(folder: Path) -> RunFolder:
     for sentence in score.sentences():
         out.print(sentence)
     _say_where(finished.run, finished.exports, grid, folder)
-    return trained
+    return finished
 
 
 def read_held_out() -> list[tuple[str, str]]:

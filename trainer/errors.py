@@ -14,6 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+INTERRUPTED = 130
+"""Exit code of a command that was ended by Ctrl-C."""
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -120,7 +121,8 @@ class EventLog:
     def append(self, event: Event) -> None:
         record = {"time": round(time.time(), 3), "type": event.type, **asdict(event)}
         with self.path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=True) + "\n")
+            # escaped, so that a line holds no other line break and no half letter of a file name
+            file.write(json.dumps(_finite(record), ensure_ascii=True, allow_nan=False) + "\n")
             if not isinstance(event, Step | Phase):  # these come many times a second, and can be had again
                 file.flush()
                 os.fsync(file.fileno())
@@ -140,14 +142,32 @@ def read_events(path: Path) -> Iterator[Record]:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return
-    for line in text.splitlines():
+    for line in text.split("\n"):
         try:
             values = json.loads(line)
-            kind = _TYPES[values["type"]]
-            known = {f.name for f in fields(kind)}
-            yield Record(values["time"], kind(**{name: values[name] for name in values if name in known}))
+            yield Record(values["time"], _event(values))
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
+
+
+def _event(values: dict[str, Any]) -> Event:
+    """The event of a line; fields of later versions are passed over."""
+    kind = _TYPES[values["type"]]
+    known = {f.name: f.type for f in fields(kind) if f.name in values}
+    return kind(**{name: _number(values[name]) if type_ == "float" else values[name] for name, type_ in known.items()})
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for infinity and for what is no number; `null` stands for both."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _end_torn_line(path: Path) -> None:

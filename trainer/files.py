@@ -5,9 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
+
+_WAITS_FOR_READERS = (0.01, 0.04, 0.15, 0.3, 0.5)  # seconds
 
 
 @contextmanager
@@ -18,14 +23,18 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         flush_to_disk(temporary)
-        temporary.replace(path)
+        _rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder; rename it to `path` when the block succeeds."""
+def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
+    """Yield a temporary folder; rename it to `path` when the block succeeds.
+
+    Raises:
+        OSError: if `path` is there by then, with anything in it, and is not to be replaced.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -35,8 +44,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 flush_to_disk(file)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.replace(path)
+        if replace:
+            shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -45,6 +55,41 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within the block no other process is in a block on the same file; the lock ends with its process, however it ends.
+
+    A file system without locks, as some network drives are, lets every process in.
+    """
+    with path.open("ab") as file:
+        with suppress(OSError):
+            _lock(file)
+        yield
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Wait for the file's lock, which closing the file gives back."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    """Windows replaces no file that another process has open; those who read here are quick, so wait for them."""
+    for seconds in _WAITS_FOR_READERS if sys.platform == "win32" else ():
+        with suppress(PermissionError):
+            temporary.replace(path)
+            return
+        time.sleep(seconds)
+    temporary.replace(path)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import psutil
 from .config import RunConfig, read_config, write_config
 from .errors import RunError
 from .events import Checkpointed, Done, Event, Failed, PlanMade, Step, Stopped, read_events
-from .files import atomic_folder, write_text
+from .files import atomic_folder, locked, write_text
 
 State = Literal["running", "done", "stopped", "failed", "interrupted", "new"]
 
@@ -94,9 +95,9 @@ class RunFolder:
         return self.path / "samples" / f"step-{step:06d}"
 
     def saved_steps(self) -> list[int]:
-        """Steps that have a checkpoint, rising."""
-        folders = self.checkpoints.glob("step-*") if self.checkpoints.is_dir() else []
-        return sorted(int(folder.name.removeprefix("step-")) for folder in folders)
+        """Steps that have a checkpoint, rising; a copy such as `step-000100.bak` is passed over."""
+        folders = self.checkpoints.iterdir() if self.checkpoints.is_dir() else []
+        return sorted(int(match[1]) for folder in folders if (match := re.fullmatch(r"step-(\d+)", folder.name)))
 
     def read_config(self) -> RunConfig:
         return read_config(self.config)
@@ -126,26 +127,32 @@ class RunFolder:
         return Status("interrupted" if last else "new", step, steps, saved)
 
     def owner_alive(self) -> bool:
-        """Whether the process that wrote `trainer.json` still runs on this computer."""
+        """Whether the process that wrote `trainer.json` still runs on this computer.
+
+        A killed process whose parent has not taken note of it yet, a zombie, does not.
+        """
         try:
             owner = json.loads(self.owner_file.read_text(encoding="utf-8"))
-            return abs(psutil.Process(owner["pid"]).create_time() - owner["created"]) < 2
+            process = psutil.Process(owner["pid"])
+            same = abs(process.create_time() - owner["created"]) < 2  # and not a later one of the same number
+            return same and process.status() != psutil.STATUS_ZOMBIE
         except (OSError, ValueError, KeyError, TypeError, psutil.Error):
             return False
 
     def take_ownership(self) -> None:
-        """Say that this process trains the run.
+        """Say that this process trains the run; of several that say so at once, one may.
 
         Raises:
             RunError: if another living process does.
         """
-        if self.owner_alive():
-            raise RunError(
-                "another process is training this run", str(self.path), f"Stop it with: lorasmith stop {self.path}"
-            )
-        me = psutil.Process(os.getpid())
-        write_text(self.owner_file, json.dumps({"pid": me.pid, "created": me.create_time()}) + "\n")
-        self.stop_file.unlink(missing_ok=True)
+        with locked(self.path / ".trainer.lock"):
+            if self.owner_alive():
+                raise RunError(
+                    "another process is training this run", str(self.path), f"Stop it with: lorasmith stop {self.path}"
+                )
+            me = psutil.Process(os.getpid())
+            write_text(self.owner_file, json.dumps({"pid": me.pid, "created": me.create_time()}) + "\n")
+            self.stop_file.unlink(missing_ok=True)
 
     def give_up_ownership(self) -> None:
         self.owner_file.unlink(missing_ok=True)
@@ -192,9 +199,10 @@ def create_run(config: RunConfig) -> RunFolder:
     """
     path = check_name_is_free(config)
     try:
-        with atomic_folder(path) as temporary:
+        with atomic_folder(path, replace=False) as temporary:
             write_config(config, temporary / "config.toml")
     except OSError as error:
+        check_name_is_free(config)  # another process may have taken it meanwhile
         raise RunError(
             f"{path} cannot be written ({error.strerror})",
             "runs",
@@ -216,8 +224,8 @@ def open_run(path: Path) -> RunFolder:
 
 
 def find_runs(folder: Path) -> Iterator[RunFolder]:
-    """All runs in a folder, newest first."""
-    configs = folder.glob("*/config.toml") if folder.is_dir() else []
+    """All runs in a folder, newest first; what is hidden is a run that was never written to its end."""
+    configs = [file for file in folder.glob("*/config.toml") if not file.parent.name.startswith(".")]
     for config in sorted(configs, key=lambda file: file.stat().st_mtime, reverse=True):
         yield RunFolder(config.parent.absolute())
 

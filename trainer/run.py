@@ -17,7 +17,7 @@ import torch
 from .adapter import load_adapter_state, put_on
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import RunConfig, read_toml, set_value, validate, write_config
-from .errors import LorasmithError, RunError, TrainingError, UserError
+from .errors import INTERRUPTED, LorasmithError, RunError, TrainingError, UserError
 from .events import Done, Event, EventLog, Failed, Phase, Stopped
 from .export import Precision
 from .jobs import RunFolder, create_run, open_run
@@ -194,7 +194,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
         nonlocal asked
         del number, frame
         if asked:
-            raise KeyboardInterrupt
+            raise SystemExit(INTERRUPTED)
         asked = True
 
     signals = [signal.SIGINT, signal.SIGTERM]
