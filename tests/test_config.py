@@ -197,6 +197,21 @@ def test_settings_without_effect_are_reported_together_with_other_errors():
     assert {problem.where for problem in found} == {"run.toml: adapter.rnak", "run.toml: optimizer.lr"}
 
 
+def test_a_switch_that_is_wrong_makes_no_second_problem_of_its_rate():
+    values = {**MINIMAL, "adapter": {"text_encoder": "no"}, "optimizer": {"text_encoder_lr": 0}}
+    assert [problem.where for problem in problems_of(values)] == ["run.toml: adapter.text_encoder"]
+
+
+def test_settings_without_effect_are_reported_though_a_name_is_missing_and_a_section_is_no_table():
+    found = problems_of({"adapter": 3, "optimizer": {"lr": 0}})
+    assert sorted(p.where for p in found) == [
+        "run.toml: adapter",
+        "run.toml: data",
+        "run.toml: name",
+        "run.toml: optimizer.lr",
+    ]
+
+
 @pytest.mark.parametrize(
     ("values", "where", "fix"),
     [
@@ -206,13 +221,25 @@ def test_settings_without_effect_are_reported_together_with_other_errors():
         ({"data": [{"path": "p", "tigger": "x"}]}, "data.0.tigger", "Did you mean data.trigger?"),
         ({"budget": {"batchsize": 2}}, "budget.batchsize", "Did you mean budget.batch?"),
         ({"base": {"rank": 2}}, "base.rank", "Did you mean adapter.rank?"),
+        ({"base": {"adapter": {}}}, "base.adapter", "Known here: base.model."),
+        ({"sample": {"step": 2}}, "sample.step", "Did you mean sample.steps?"),
         (
             {"save": {"zzz": 2}},
             "save.zzz",
             "Known here: save.every, save.keep.",
         ),
     ],
-    ids=["spelling", "wrong section", "section", "list of tables", "longer word", "another section", "nothing near"],
+    ids=[
+        "spelling",
+        "wrong section",
+        "section",
+        "list of tables",
+        "longer word",
+        "another section",
+        "a section in a section",
+        "two alike",
+        "nothing near",
+    ],
 )
 def test_an_unknown_key_is_an_error_with_a_suggestion(values: dict[str, Any], where: str, fix: str):
     assert problems_of({**MINIMAL, **values}) == [Problem(f"run.toml: {where}", "unknown key", fix)]
@@ -321,6 +348,11 @@ def test_a_plain_name_is_kept(name: str):
     assert config_of(name=name).name == name
 
 
+@pytest.mark.parametrize("name", ["絵" * 67, "ü" * 100 + "x"])
+def test_a_name_of_more_bytes_than_a_disk_takes_with_its_suffixes_is_refused(name: str):
+    assert [problem.where for problem in problems_of({**MINIMAL, "name": name})] == ["run.toml: name"]
+
+
 def test_a_name_of_101_letters_is_refused():
     assert [problem.where for problem in problems_of({**MINIMAL, "name": "x" * 101})] == ["run.toml: name"]
 
@@ -420,6 +452,10 @@ def test_the_recipe_is_left_as_it_was(tmp_path: Path):
         ("data.0.trigger=sks", "data.trigger", "sks"),
         ("name=2024 b", "name", "2024 b"),
         ('name="2024"', "name", "2024"),
+        ("name=2024", "name", "2024"),
+        ("name=2024-01-01", "name", "2024-01-01"),
+        ("name=true", "name", "true"),
+        ("data.0.trigger=1e5", "data.trigger", "1e5"),
         ("runs=C:\\my runs", "runs", "C:\\my runs"),
     ],
 )
@@ -473,10 +509,48 @@ def test_set_of_an_unknown_key_is_an_error(tmp_path: Path):
         read_config(file, ["adapter.rnak=8"])
 
 
+def test_a_wrong_value_is_placed_where_it_was_given(tmp_path: Path):
+    file = write(tmp_path / "run.toml", 'name = "x"\nseed = -1\n[[data]]\npath = "p"\n[adapter]\nrank = 0\n')
+    with pytest.raises(ConfigError) as caught:
+        read_config(file, ["adapter.rnak=8", "data.weight=0", "optimizer.lr=0", "nothing.at.all=1", "adapter.rank=-1"])
+    assert sorted(problem.where for problem in caught.value.problems) == [
+        "--set adapter.rank",
+        "--set adapter.rnak",
+        "--set data.0.weight",
+        "--set nothing",
+        "--set optimizer.lr",
+        "run.toml: seed",
+    ]
+
+
+@pytest.mark.parametrize(("part", "rate"), [("unet", "lr"), ("text_encoder", "text_encoder_lr")])
+def test_a_part_that_set_switches_off_needs_no_second_set_for_its_rate(tmp_path: Path, part: str, rate: str):
+    write_config(config_of(), tmp_path / "complete.toml")
+    config = read_config(tmp_path / "complete.toml", [f"adapter.{part}=false"])
+    assert getattr(config.optimizer, rate) == 0
+    with pytest.raises(ConfigError, match=rf"--set optimizer\.{rate}: has no effect"):
+        read_config(tmp_path / "complete.toml", [f"adapter.{part}=false", f"optimizer.{rate}=1e-3"])
+
+
 def test_merge_lays_tables_over_tables_and_replaces_anything_else():
     under = {"a": {"x": 1, "y": 1}, "b": [1, 2], "c": 1}
     assert merge(under, {"a": {"y": 2}, "b": [3], "d": 4}) == {"a": {"x": 1, "y": 2}, "b": [3], "c": 1, "d": 4}
     assert under == {"a": {"x": 1, "y": 1}, "b": [1, 2], "c": 1}
+
+
+def test_what_was_merged_shares_nothing_with_what_it_was_merged_from():
+    under, over = {"a": {"x": [1]}}, {"b": {"y": [2]}}
+    merged = merge(under, over)
+    merged["a"]["x"].append(3)
+    merged["b"]["y"].append(4)
+    assert (under, over) == ({"a": {"x": [1]}}, {"b": {"y": [2]}})
+
+
+def test_overrides_leave_the_given_values_as_they_were():
+    values = {**MINIMAL, "adapter": {"rank": 2}}
+    before = copy.deepcopy(values)
+    assert validate(values, overrides=["adapter.rank=4", "data.trigger=sks"]).adapter.rank == 4
+    assert values == before
 
 
 def test_set_value_changes_only_what_it_names():

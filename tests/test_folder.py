@@ -179,6 +179,14 @@ def test_a_link_to_a_folder_is_followed(tmp_path: Path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="symbolic links need rights on Windows")
+def test_a_picture_that_both_a_folder_and_a_link_hold_is_found_under_the_first_of_the_two_names(tmp_path: Path):
+    picture(tmp_path / "b" / "a.png")
+    for name in ("c", "a"):
+        (tmp_path / name).symlink_to(tmp_path / "b", target_is_directory=True)
+    assert table(tmp_path, scan(tmp_path)) == [("a/a.png", "", "none")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need rights on Windows")
 def test_a_link_that_leads_back_does_not_multiply_the_images(tmp_path: Path):
     picture(tmp_path / "a.png")
     (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
@@ -238,6 +246,25 @@ def test_a_folder_named_by_date_is_not_silently_taken_for_repeats(tmp_path: Path
     except DataError as error:
         found = [1] if name in str(error) else []  # an error that names the folder is as good
     assert found == [1]
+
+
+def test_a_folder_of_0_repeats_is_named_once(tmp_path: Path):
+    """kohya leaves such folders out without a word."""
+    picture(tmp_path / "0_off" / "a.png")
+    picture(tmp_path / "0_off" / "b.png")
+    picture(tmp_path / "2_on" / "c.png")
+    assert [problem.where for problem in problems_of(tmp_path)] == [str(tmp_path / "0_off")]
+
+
+@pytest.mark.parametrize(("name", "repeats"), [("500_style", 500), ("501_style", 1), ("007_bond", 7)])
+def test_up_to_500_a_number_is_repeats(tmp_path: Path, name: str, repeats: int):
+    picture(tmp_path / name / "a.png")
+    assert [item.repeats for item in scan(tmp_path)] == [repeats]
+
+
+def test_a_date_within_a_kohya_folder_leaves_its_repeats(tmp_path: Path):
+    picture(tmp_path / "3_cat" / "2024_summer" / "a.png")
+    assert [(item.repeats, item.caption) for item in scan(tmp_path)] == [(3, "cat")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,9 +406,10 @@ def test_a_sidecar_of_a_kind_that_is_not_read_is_an_error(tmp_path: Path, suffix
     ]
 
 
-def test_hugging_face_metadata_in_a_table_that_is_not_read_is_an_error(tmp_path: Path):
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.parquet"])
+def test_hugging_face_metadata_in_a_table_that_is_not_read_is_an_error(tmp_path: Path, name: str):
     picture(tmp_path / "a.png")
-    file = text(tmp_path / "metadata.csv", "file_name,text\na.png,of a\n")
+    file = text(tmp_path / name, "file_name,text\na.png,of a\n")
     assert [problem.where for problem in problems_of(tmp_path)] == [str(file)]
 
 
@@ -429,18 +457,36 @@ def test_a_folder_without_images_says_what_it_holds(tmp_path: Path, files: list[
     )
 
 
-@pytest.mark.parametrize("suffix", [".heic", ".jxl", ".psd", ".jfif"])
-def test_an_image_of_an_unknown_kind_is_not_dropped_silently(tmp_path: Path, suffix: str):
+@pytest.mark.parametrize("suffix", [".heic", ".JXL", ".psd", ".svg", ".nef"])
+def test_an_image_of_a_kind_that_is_not_read_is_an_error(tmp_path: Path, suffix: str):
     picture(tmp_path / "a.png")
-    if suffix == ".jfif":
-        picture(tmp_path / "b.jfif", format="JPEG")
-    else:
-        text(tmp_path / f"b{suffix}", "pixels")
+    file = text(tmp_path / f"b{suffix}", "pixels")
+    assert [(p.where, p.what) for p in problems_of(tmp_path)] == [(str(file), "is a kind of image that is not read")]
+
+
+@pytest.mark.parametrize("suffix", [".jpe", ".JFIF"])
+def test_a_jpeg_by_another_name_is_read(tmp_path: Path, suffix: str):
+    picture(tmp_path / f"a{suffix}", format="JPEG")
+    assert [item.path.name for item in scan(tmp_path)] == [f"a{suffix}"]
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="rights do not bind this user")
+def test_what_may_not_be_read_is_an_error(tmp_path: Path):
+    picture(tmp_path / "a.png")
+    sidecar, folder = text(tmp_path / "a.txt"), tmp_path / "locked"
+    picture(folder / "b.png")
+    sidecar.chmod(0)
+    folder.chmod(0)
     try:
-        found = [item.path.name for item in scan(tmp_path)]
-    except DataError as error:
-        found = [name for name in ("a.png", f"b{suffix}") if name in str(error) or name == "a.png"]
-    assert found == ["a.png", f"b{suffix}"]
+        assert {problem.where for problem in problems_of(tmp_path)} == {str(sidecar), str(folder)}
+    finally:
+        folder.chmod(0o700)
+
+
+def test_a_folder_in_place_of_a_caption_is_passed_over(tmp_path: Path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.txt").mkdir()
+    assert table(tmp_path, scan(tmp_path)) == [("a.png", "", "none")]
 
 
 def test_all_unusable_files_are_reported_at_once(tmp_path: Path):
@@ -571,15 +617,19 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path, value: int, expected:
     assert notes == ("converted from I;16 to RGB",)
 
 
-def test_16_bit_grey_with_a_transparent_value_is_readable_or_a_clear_error(tmp_path: Path):
+def test_16_bit_grey_with_a_transparent_value_is_laid_on_white(tmp_path: Path):
     image = Image.new("I;16", (2, 1), 65535)  # type: ignore[arg-type]
     image.putpixel((1, 0), 257 * 100)
     image.save(tmp_path / "a.png", transparency=65535)
-    try:
-        found, _ = pixels(tmp_path / "a.png")
-    except UnreadableImageError:
-        return
-    assert found == [(255, 255, 255), (100, 100, 100)]
+    assert pixels(tmp_path / "a.png")[0] == [(255, 255, 255), (100, 100, 100)]
+
+
+def test_only_the_transparent_value_of_16_bit_grey_is_transparent(tmp_path: Path):
+    """Its neighbours become the same value in 8 bit, and stay what they are."""
+    image = Image.new("I;16", (2, 1), 25700)  # type: ignore[arg-type]
+    image.putpixel((1, 0), 25701)
+    image.save(tmp_path / "a.png", transparency=25700)
+    assert pixels(tmp_path / "a.png") == ([(255, 255, 255), (100, 100, 100)], ("transparency laid on white",))
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0, (0, 0, 0)), (1, (255, 255, 255))], ids=["black", "white"])

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from lorasmith.trainer.checkpoint import (
+    Checkpoint,
+    TrainState,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from lorasmith.trainer.config import RunConfig, read_config, validate
 from lorasmith.trainer.errors import Problem, RunError, UserError
 from lorasmith.trainer.events import (
@@ -27,6 +35,7 @@ from lorasmith.trainer.events import (
     Stopped,
     Warned,
 )
+from lorasmith.trainer.files import atomic_folder
 from lorasmith.trainer.jobs import RunFolder, Status, check_name_is_free, create_run, find_runs, open_run
 
 
@@ -391,3 +400,110 @@ def test_what_a_killed_process_left_half_written_is_not_a_run(tmp_path: Path):
     run = create_run(config_in(tmp_path))
     run.path.rename(tmp_path / ".my run.123.tmp")
     assert list(find_runs(tmp_path)) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several processes at once
+
+AT_ONCE = """
+import sys, time
+from pathlib import Path
+from lorasmith.trainer.config import validate
+from lorasmith.trainer.errors import RunError
+from lorasmith.trainer.jobs import RunFolder, create_run
+
+runs, go = Path(sys.argv[1]), Path(sys.argv[2])
+config = validate({"name": "x", "seed": int(sys.argv[3]), "runs": str(runs), "data": [{"path": "photos"}]})
+print("ready", flush=True)
+while not go.exists():
+    pass
+try:
+    ACTION
+    print("yes", flush=True)
+except RunError as error:
+    print(error.problems[0].what, flush=True)
+sys.stdin.read()
+"""
+
+
+def at_once(action: str, folder: Path, processes: int = 4) -> list[str]:
+    """What each of several processes says after the same action at the same moment; they live until all have spoken."""
+    code, go = AT_ONCE.replace("ACTION", action), folder / "go"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(folder / "runs"), str(go), str(number)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(processes)
+    ]
+    try:
+        assert [next_line(process) for process in started] == ["ready"] * processes
+        go.touch()
+        return sorted(next_line(process) for process in started)
+    finally:
+        for process in started:
+            process.communicate()
+
+
+def next_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    return process.stdout.readline().strip()
+
+
+def test_of_several_processes_one_creates_the_run(tmp_path: Path):
+    said = at_once("create_run(config)", tmp_path)
+    assert said == ["the name 'x' is in use (not started)"] * 3 + ["yes"]
+    assert [file.name for file in (tmp_path / "runs").iterdir()] == ["x"]
+    assert RunFolder(tmp_path / "runs" / "x").read_config().name == "x"
+
+
+def test_of_several_processes_one_takes_over_a_run_whose_owner_died(tmp_path: Path):
+    run = create_run(config_in(tmp_path / "runs", "x"))
+    run.owner_file.write_text(json.dumps({"pid": os.getpid(), "created": 1.0}), encoding="utf-8")
+    said = at_once('RunFolder(runs / "x").take_ownership()', tmp_path)
+    assert said == ["another process is training this run"] * 3 + ["yes"]
+
+
+def test_a_folder_that_is_not_to_be_replaced_is_kept(tmp_path: Path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "kept").touch()
+    with pytest.raises(OSError, match="x"), atomic_folder(tmp_path / "x", replace=False) as temporary:
+        (temporary / "new").touch()
+    assert [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*")] == ["x", "x/kept"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+@pytest.fixture
+def saved(run: RunFolder) -> Path:
+    folder = run.checkpoint(3)
+    save_checkpoint(folder, Checkpoint(TrainState(step=3, images=12), {"w": torch.arange(3.0)}, {"groups": [1]}))
+    return folder
+
+
+def test_a_checkpoint_is_read_back_equal(saved: Path):
+    checkpoint = load_checkpoint(saved)
+    assert checkpoint.state == TrainState(step=3, images=12)
+    assert checkpoint.adapter["w"].tolist() == [0, 1, 2]
+    assert checkpoint.optimizer == {"groups": [1]}
+
+
+def test_a_checkpoint_may_be_pruned_while_its_tensors_are_in_use(run: RunFolder, saved: Path):
+    tensors = load_checkpoint(saved).adapter
+    run.checkpoint(4).mkdir()
+    prune_checkpoints(run, 1)
+    assert run.saved_steps() == [4]
+    assert tensors["w"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("file", ["state.json", "adapter.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"[1]", b"3", b"{}", b"\xff\xfe", b"null"])
+def test_a_damaged_checkpoint_names_its_folder(saved: Path, file: str, content: bytes):
+    (saved / file).write_bytes(content)
+    with pytest.raises(RunError) as caught:
+        load_checkpoint(saved)
+    assert caught.value.problems[0].where == str(saved)

@@ -59,9 +59,10 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Within the block no other process is in a block on the same file; the lock ends with its process, however it ends.
+    """Within the block no other process is in a block on the same file.
 
-    A file system without locks, as some network drives are, lets every process in.
+    The lock ends with its process, however that ends. A file system without locks, as some network drives are, lets
+    every process in.
     """
     with path.open("ab") as file:
         with suppress(OSError):
