@@ -49,7 +49,7 @@ def _runs_tab(page: gr.Blocks, folder: Path) -> None:
     sentence = gr.Markdown()
     loss = gr.LinePlot(x="step", y="loss", color="kind", title="Loss", height=260)
     previews = gr.Gallery(label="Previews: the untouched base first", columns=4, height="auto", object_fit="contain")
-    files = gr.Files(label="Files to share")
+    files = gr.Files(label="Files to share", interactive=False)
 
     shown = gr.State(None)
     views: list[Any] = [picked, shown, sentence, loss, previews, files]
