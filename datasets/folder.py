@@ -96,8 +96,9 @@ def _no_images(folder: Path, files: list[Path]) -> Problem:
 
 def _ignored(folder: Path, files: list[Path], images: list[Path]) -> Iterator[Problem]:
     """Files and folders that a person may take for a part of the data, and that are none."""
+    read = {image.with_suffix("") for image in images}
     for file in files:
-        if file.suffix.lower() in UNREAD_IMAGES:
+        if file.suffix.lower() in UNREAD_IMAGES and file.with_suffix("") not in read:  # else the source of an export
             yield Problem(
                 str(file), "is a kind of image that is not read", "Save it as PNG or JPEG, or move it elsewhere."
             )
@@ -119,7 +120,7 @@ def _ignored(folder: Path, files: list[Path], images: list[Path]) -> Iterator[Pr
 def _item(folder: Path, image: Path, caption: tuple[str, str] | None, problems: list[Problem]) -> Item | None:
     """An image with all that is known of it; or None, with its problem added to the list."""
     try:
-        (picture, notes), sha256 = read_rgb(image), sha256_of(image)
+        sha256, (picture, notes) = sha256_of(image), read_rgb(image)
     except UnreadableImageError as error:
         problems.append(Problem(str(image), f"cannot be read as an image ({error})", "Save it again or remove it."))
         return None

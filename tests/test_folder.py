@@ -717,3 +717,9 @@ def test_a_resolution_that_no_bucket_can_have_is_refused_at_plan(tmp_path: Path)
     picture(tmp_path / "photos" / "a.png", (64, 64))
     with pytest.raises(UserError, match="resolution"):
         plan_of(tmp_path / "photos", tmp_path, resolution=10)
+
+
+def test_a_source_file_beside_its_export_is_no_problem(tmp_path: Path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.psd").write_bytes(b"8BPS")
+    assert [item.path.name for item in scan(tmp_path)] == ["a.png"]

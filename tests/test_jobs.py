@@ -507,3 +507,19 @@ def test_a_damaged_checkpoint_names_its_folder(saved: Path, file: str, content: 
     with pytest.raises(RunError) as caught:
         load_checkpoint(saved)
     assert caught.value.problems[0].where == str(saved)
+
+
+@pytest.mark.parametrize(
+    ("word", "state"),
+    [(Done(3, []), "done"), (Stopped(3), "stopped"), (Failed("out of ink"), "failed")],
+    ids=["done", "stopped", "failed"],
+)
+def test_a_resume_that_was_refused_leaves_the_last_word(tmp_path: Path, word, state):
+    (tmp_path / "config.toml").touch()
+    run = RunFolder(tmp_path)
+    log = EventLog(run.events)
+    for event in (Step(3, 12, 0.1, 0.1, {"unet": 1e-4}, 0.1), word, Phase("loading the base")):
+        log.append(event)
+    assert run.status().state == state
+    log.append(Step(4, 16, 0.1, 0.1, {"unet": 1e-4}, 0.1))
+    assert run.status().state == "interrupted"

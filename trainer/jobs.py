@@ -106,24 +106,26 @@ class RunFolder:
         """Read from the events; a run without a last word is `running` only while its process lives."""
         step = steps = saved = 0
         last: Event | None = None
+        word: Done | Stopped | Failed | None = None  # the last one that no step has followed
         for record in read_events(self.events):
-            match record.event:
+            match last := record.event:
                 case PlanMade(steps=planned):
                     steps = planned
                 case Step(step=number):
-                    step = number
+                    step, word = number, None
                 case Checkpointed(step=number):
                     saved = number
-            last = record.event
-        match last:
-            case Done():
-                return Status("done", last.step, steps, saved)
-            case Stopped():
-                return Status("stopped", last.step, steps, saved)
-            case Failed():
-                return Status("failed", step, steps, saved, last.message)
-        if self.owner_alive():
+                case Done() | Stopped() | Failed():
+                    word = last
+        if last is not word and self.owner_alive():
             return Status("running", step, steps, saved)
+        match word:
+            case Done():
+                return Status("done", word.step, steps, saved)
+            case Stopped():
+                return Status("stopped", word.step, steps, saved)
+            case Failed():
+                return Status("failed", step, steps, saved, word.message)
         return Status("interrupted" if last else "new", step, steps, saved)
 
     def owner_alive(self) -> bool:

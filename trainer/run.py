@@ -16,7 +16,7 @@ import torch
 
 from .adapter import load_adapter_state, put_on
 from .checkpoint import Checkpoint, load_checkpoint
-from .config import RunConfig, read_toml, set_value, validate, write_config
+from .config import RunConfig, read_toml, validate, write_config
 from .errors import INTERRUPTED, LorasmithError, RunError, TrainingError, UserError
 from .events import Done, Event, EventLog, Failed, Phase, Stopped
 from .export import Precision
@@ -53,7 +53,7 @@ def train(plan: Plan, listen: Emit) -> Finished:
     try:
         return _carry_out(plan, run, None, listen)
     except UserError:
-        if _is_main_process() and not run.saved_steps():
+        if _is_main_process() and not run.saved_steps() and not run.owner_alive():
             shutil.rmtree(run.path, ignore_errors=True)
         raise
 
@@ -159,10 +159,8 @@ def _carry_out(plan: Plan, run: RunFolder, checkpoint: Checkpoint | None, listen
 
 
 def _config_for_resume(run: RunFolder, overrides: Sequence[str]) -> RunConfig:
-    values = read_toml(run.config)
-    for override in overrides:
-        set_value(values, override)
-    before, after = run.read_config(), validate(values, source=run.config.name)
+    before = run.read_config()
+    after = validate(read_toml(run.config), run.config.name, overrides)
     changed = _changes(before.model_dump(), after.model_dump())
     refused = [key for key in changed if not key.startswith(("budget.images", "save.", "sample.", "runtime."))]
     if refused:
