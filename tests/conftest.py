@@ -8,7 +8,8 @@ import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
 
-from lorasmith.trainer.config import RunConfig, merge, validate
+from lorasmith.trainer.config import RunConfig
+from lorasmith.trainer.configfile import merge, validate
 
 
 def draw_picture(number: int, size: tuple[int, int]) -> Image.Image:

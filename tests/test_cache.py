@@ -17,7 +17,7 @@ from PIL import Image
 from lorasmith.datasets.cache import LatentCache, TextCache, encode_image
 from lorasmith.datasets.dataset import Example, Source, load_examples, read_pixels
 from lorasmith.trainer.bases import inspect_base
-from lorasmith.trainer.config import validate
+from lorasmith.trainer.configfile import validate
 from lorasmith.trainer.errors import DataError, UserError
 from lorasmith.trainer.models import Base, load_base
 from lorasmith.trainer.plan import Plan, make_plan

@@ -10,17 +10,8 @@ from typing import Any
 import pytest
 import tomlkit
 
-from lorasmith.trainer.config import (
-    RunConfig,
-    merge,
-    read_config,
-    read_toml,
-    set_value,
-    settings,
-    to_toml,
-    validate,
-    write_config,
-)
+from lorasmith.trainer.config import RunConfig, settings
+from lorasmith.trainer.configfile import merge, read_config, read_toml, set_value, to_toml, validate, write_config
 from lorasmith.trainer.errors import ConfigError, Problem
 
 MINIMAL: dict[str, Any] = {"name": "x", "data": [{"path": "photos"}]}

@@ -15,7 +15,7 @@ from PIL import Image
 from lorasmith.datasets.dataset import Source, load_examples
 from lorasmith.datasets.folder import Item, scan
 from lorasmith.datasets.images import UnreadableImageError, read_rgb
-from lorasmith.trainer.config import validate
+from lorasmith.trainer.configfile import validate
 from lorasmith.trainer.errors import DataError, Problem, UserError
 from lorasmith.trainer.plan import make_plan
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasmith.trainer.config import validate
+from lorasmith.trainer.configfile import validate
 from lorasmith.trainer.demo import EXAMPLES, STYLE
 from lorasmith.trainer.events import Event, Step
 from lorasmith.trainer.jobs import create_run

@@ -21,7 +21,8 @@ from lorasmith.trainer.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from lorasmith.trainer.config import RunConfig, read_config, validate
+from lorasmith.trainer.config import RunConfig
+from lorasmith.trainer.configfile import read_config, validate
 from lorasmith.trainer.errors import Problem, RunError, UserError
 from lorasmith.trainer.events import (
     Checkpointed,
@@ -408,7 +409,7 @@ def test_what_a_killed_process_left_half_written_is_not_a_run(tmp_path: Path):
 AT_ONCE = """
 import sys, time
 from pathlib import Path
-from lorasmith.trainer.config import validate
+from lorasmith.trainer.configfile import validate
 from lorasmith.trainer.errors import RunError
 from lorasmith.trainer.jobs import RunFolder, create_run
 

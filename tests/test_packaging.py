@@ -12,7 +12,7 @@ import pytest
 import tomlkit
 
 from lorasmith.configs import read_recipe, recipe_names, recipe_text
-from lorasmith.trainer.config import merge, validate
+from lorasmith.trainer.configfile import merge, validate
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ["torch", "gradio", "diffusers", "transformers", "peft", "accelerate", "xformers"]

@@ -17,7 +17,8 @@ from lorasmith.trainer import run
 from lorasmith.trainer.adapter import adapter_state, put_on, strength
 from lorasmith.trainer.bases import inspect_base
 from lorasmith.trainer.checkpoint import load_checkpoint
-from lorasmith.trainer.config import RunConfig, to_toml
+from lorasmith.trainer.config import RunConfig
+from lorasmith.trainer.configfile import to_toml
 from lorasmith.trainer.errors import RunError, TrainingError
 from lorasmith.trainer.events import Event, PlanMade, Step, Warned, read_events
 from lorasmith.trainer.jobs import RunFolder, create_run

@@ -106,7 +106,7 @@ def init(
     from ..configs import read_recipe, recipe_names
     from ..datasets.folder import scan
     from .bases import inspect_base
-    from .config import merge, to_toml, validate
+    from .configfile import merge, to_toml, validate
     from .files import write_text
 
     if file.exists():
@@ -313,7 +313,7 @@ def _plan_of(file: Path, overrides: list[str] | None) -> Plan:
 
 
 def _config_of(file: Path, overrides: list[str] | None) -> RunConfig:
-    from .config import read_config
+    from .configfile import read_config
 
     return read_config(file, overrides or [])
 

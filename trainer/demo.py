@@ -15,7 +15,7 @@ from torch import Tensor
 from ..configs import read_recipe
 from . import run
 from .adapter import strength
-from .config import merge, validate
+from .configfile import merge, validate
 from .console import Reporter, out, print_plan
 from .files import atomic_file, write_text
 from .jobs import RunFolder

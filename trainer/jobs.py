@@ -15,7 +15,8 @@ from typing import Literal
 
 import psutil
 
-from .config import RunConfig, read_config, write_config
+from .config import RunConfig
+from .configfile import read_config, write_config
 from .errors import RunError
 from .events import Checkpointed, Done, Event, Failed, PlanMade, Step, Stopped, read_events
 from .files import atomic_folder, locked, write_text

@@ -16,7 +16,8 @@ import torch
 
 from .adapter import load_adapter_state, put_on
 from .checkpoint import Checkpoint, load_checkpoint
-from .config import RunConfig, read_toml, validate, write_config
+from .config import RunConfig
+from .configfile import read_toml, validate, write_config
 from .errors import INTERRUPTED, LorasmithError, RunError, TrainingError, UserError
 from .events import Done, Event, EventLog, Failed, Phase, Stopped
 from .export import Precision

@@ -10,7 +10,7 @@ import pandas as pd
 
 from ..configs import read_recipe
 from ..trainer.bases import inspect_base
-from ..trainer.config import merge, to_toml, validate
+from ..trainer.configfile import merge, to_toml, validate
 from ..trainer.errors import LorasmithError
 from ..trainer.events import Sampled, Step, read_events
 from ..trainer.files import write_text
