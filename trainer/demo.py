@@ -27,6 +27,8 @@ from .score import StyleMeasure, StyleScore, colour_layout_distance, wrong_conce
 EXAMPLES = Path(__file__).parent.parent / "datasets" / "examples"
 STYLE = "blueprint"
 IN_THE_GRID = 16
+STRENGTH = 0.7
+"""At which the LoRA is shown: trained a little too far and then weakened, it keeps more of what a prompt asks for."""
 
 
 def run_demo(folder: Path) -> run.Finished:
@@ -49,11 +51,13 @@ def run_demo(folder: Path) -> run.Finished:
     prompts = [prompt for prompt, _ in held_out]
     with strength(base, 0):
         before = draw(base, prompts, recipe)
-    after = draw(base, prompts, recipe)
+    with strength(base, STRENGTH):
+        after = draw(base, prompts, recipe)
 
     grid = _save_grid(trained, before, after, prompts)
     score = measure_style(base, before, after)
     write_text(trained.path / "style.json", json.dumps(asdict(score), indent=2) + "\n")
+    out.print(f"measured on {len(prompts)} held-out concepts, with the LoRA at strength {STRENGTH}:")
     for sentence in score.sentences():
         out.print(sentence)
     _say_where(finished.run, finished.exports, grid, folder)
@@ -96,7 +100,8 @@ def _true(style: str, files: Sequence[str]) -> Tensor:
 def _save_grid(trained: RunFolder, before: list[Image.Image], after: list[Image.Image], prompts: list[str]) -> Path:
     labels = [prompt.removeprefix("emoji of ") for prompt in prompts]
     first = slice(IN_THE_GRID)
-    grid = before_after_grid(before[first], after[first], labels[first], "Held-out concepts, never trained on")
+    title = f"Held-out concepts, never trained on; strength {STRENGTH}"
+    grid = before_after_grid(before[first], after[first], labels[first], title)
     path = trained.path / "before-after.png"
     with atomic_file(path) as temporary:
         grid.save(temporary, "PNG")
