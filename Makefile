@@ -1,7 +1,8 @@
 # demo   train the example style on the embedded base and show what it learned
 # test   run the tests
 # ui     open the browser app
-# check  format, lint and type-check
+# check  check the format, lint and type-check
+# format format, and mend what the linter can
 # INSTALL=. installs the package as users get it; the default is an editable install for developers.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

@@ -103,7 +103,7 @@ FULL = {
     "optimizer": {"lr": 3e-7, "schedule": "linear", "warmup": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0},
     "objective": {"prediction": "v_prediction", "min_snr_gamma": 0.0, "noise_offset": 0.05},
     "save": {"every": 0, "keep": 3},
-    "sample": {"every": 0, "prompts": ["a\nb\ttab", 'quote " \\ back', "\u2028\x7f\x01 # no comment", ""]},
+    "sample": {"every": 5, "prompts": ["a\nb\ttab", 'quote " \\ back', "\u2028\x7f\x01 # no comment", ""]},
     "runtime": {"precision": "bf16", "attention": "sdpa", "gradient_checkpointing": True, "cache": "/tmp/ca che"},
 }
 
@@ -393,6 +393,49 @@ def test_nothing_trained_is_an_error():
     assert problem.what == "nothing is trained: adapter.text_encoder is off as well"
 
 
+PREVIEWS = {"prompts": ["a"], "negative_prompt": "b", "seed": 7, "steps": 3, "guidance": 2.0}
+
+
+def test_what_describes_previews_that_are_never_drawn_is_an_error():
+    found = problems_of({**MINIMAL, "sample": {"every": 0, **PREVIEWS}})
+    assert found == [
+        Problem(
+            f"run.toml: sample.{key}",
+            "has no effect, because sample.every is 0",
+            "Remove it, or set sample.every above 0.",
+        )
+        for key in PREVIEWS
+    ]
+
+
+def test_a_complete_file_without_previews_spells_out_the_defaults_and_is_valid():
+    config = config_of(sample={"every": 0})
+    assert validate(tomlkit.parse(to_toml(config)).unwrap()) == config
+
+
+def test_previews_of_no_effect_are_reported_with_other_errors_and_a_wrong_one_once():
+    values = {"every": 0, "prompts": [3], "steps": 0, "guidance": 2.0}
+    found = problems_of({**MINIMAL, "sample": values, "adapter": {"rnak": 1}})
+    assert sorted(problem.where for problem in found) == [
+        "run.toml: adapter.rnak",
+        "run.toml: sample.guidance",
+        "run.toml: sample.prompts.0",
+        "run.toml: sample.steps",
+    ]
+
+
+def test_convolutions_of_a_unet_that_is_not_trained_are_an_error():
+    text_only = {"unet": False, "targets": "attention+ff+conv"}
+    assert problems_of({**MINIMAL, "adapter": text_only}) == [
+        Problem(
+            "run.toml: adapter.targets",
+            'is the same as "attention+ff", because adapter.unet is false',
+            'Set adapter.targets = "attention+ff", or adapter.unet = true.',
+        )
+    ]
+    assert config_of(adapter={**text_only, "targets": "attention+ff"}).optimizer.lr == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # precedence and --set
 
@@ -521,6 +564,16 @@ def test_a_part_that_set_switches_off_needs_no_second_set_for_its_rate(tmp_path:
     assert getattr(config.optimizer, rate) == 0
     with pytest.raises(ConfigError, match=rf"--set optimizer\.{rate}: has no effect"):
         read_config(tmp_path / "complete.toml", [f"adapter.{part}=false", f"optimizer.{rate}=1e-3"])
+
+
+def test_previews_that_set_switches_off_need_no_second_set_for_what_describes_them(tmp_path: Path):
+    write_config(config_of(sample={"every": 5, **PREVIEWS}), tmp_path / "complete.toml")
+    config = read_config(tmp_path / "complete.toml", ["sample.every=0"])
+    assert config.sample == config_of(sample={"every": 0}).sample
+    with pytest.raises(ConfigError, match=r"--set sample\.steps: has no effect"):
+        read_config(tmp_path / "complete.toml", ["sample.every=0", "sample.steps=3"])
+    with pytest.raises(ConfigError, match=r"--set sample\.every: should be a valid integer"):
+        read_config(tmp_path / "complete.toml", ["sample.every=false"])
 
 
 def test_merge_lays_tables_over_tables_and_replaces_anything_else():

@@ -21,6 +21,7 @@ from lorasmith.trainer.events import (
     Step,
     Stopped,
     Warned,
+    history,
     read_events,
 )
 
@@ -191,3 +192,46 @@ def test_a_half_letter_in_a_file_name_can_be_written(tmp_path: Path):
     event = Failed("bad name \udcff.png", 1)
     log_of(tmp_path / "events.jsonl", [event])
     assert events_of(tmp_path / "events.jsonl") == [event]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# history
+
+
+def step(number: int, loss: float = 0.5) -> Step:
+    return Step(number, 4 * number, loss, 0.5, {"unet": 1e-4}, 0.1)
+
+
+def history_of(path: Path, *events: Event) -> list[Event]:
+    log_of(path / "events.jsonl", list(events))
+    return [record.event for record in history(path / "events.jsonl")]
+
+
+def test_a_run_that_was_not_killed_has_all_of_its_records_as_history(tmp_path: Path):
+    assert history_of(tmp_path, *ALL) == ALL
+
+
+def test_a_step_that_comes_again_supersedes_all_from_it_on(tmp_path: Path):
+    kept = [PlanMade(9, 36), Sampled(0, "s0", ["a"]), step(1), step(2), Checkpointed(2, "c2"), Sampled(2, "s2", ["a"])]
+    undone = [step(3), step(4), Sampled(4, "s4", ["a"]), Checkpointed(4, "c4"), step(5)]
+    again = [PlanMade(9, 36), step(3, 0.25), step(4, 0.25), Sampled(4, "s4", ["b"]), Checkpointed(4, "c4"), Done(4, [])]
+    assert history_of(tmp_path, *kept, *undone, *again) == [*kept, *again]
+
+
+def test_a_run_killed_twice_counts_each_step_once(tmp_path: Path):
+    found = history_of(tmp_path, step(1), step(2), step(3), step(2, 0.25), step(3, 0.25), step(3, 0.125), step(4))
+    assert found == [step(1), step(2, 0.25), step(3, 0.125), step(4)]
+
+
+def test_a_run_begun_again_shows_the_untouched_base_once(tmp_path: Path):
+    again = [Sampled(0, "s0", ["b"]), step(1, 0.25)]
+    assert history_of(tmp_path, Sampled(0, "s0", ["a"]), step(1), step(2), *again) == again
+
+
+def test_a_checkpoint_saved_twice_is_told_once(tmp_path: Path):
+    found = history_of(tmp_path, step(1), Checkpointed(1, "c"), Stopped(1), Checkpointed(1, "c"))
+    assert found == [step(1), Stopped(1), Checkpointed(1, "c")]
+
+
+def test_the_history_of_no_log_is_empty(tmp_path: Path):
+    assert history(tmp_path / "events.jsonl") == []

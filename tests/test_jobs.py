@@ -36,8 +36,17 @@ from lorasmith.trainer.events import (
     Stopped,
     Warned,
 )
-from lorasmith.trainer.files import atomic_folder
-from lorasmith.trainer.jobs import RunFolder, Status, check_name_is_free, create_run, find_runs, open_run
+from lorasmith.trainer.files import atomic_file, atomic_folder, user_cache, writable
+from lorasmith.trainer.jobs import (
+    RunFolder,
+    Status,
+    check_name_is_free,
+    create_run,
+    find_runs,
+    is_main_process,
+    open_run,
+    start_detached,
+)
 
 
 def config_in(folder: Path, name: str = "my run") -> RunConfig:
@@ -50,9 +59,12 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def log(run: RunFolder, *events: Event) -> None:
+    """Write the events, and the checkpoint folders they tell of."""
     writer = EventLog(run.events)
     for event in events:
         writer.append(event)
+        if isinstance(event, Checkpointed):
+            run.checkpoint(event.step).mkdir(parents=True)
 
 
 def step(number: int) -> Step:
@@ -221,6 +233,14 @@ def test_status_of_a_run_without_a_process(run: RunFolder, events: list[Event], 
     assert run.status() == status
     if sentence:
         assert run.status().sentence == sentence
+
+
+def test_the_saved_step_is_that_of_the_folders_which_are_there(run: RunFolder):
+    log(run, PlanMade(10, 40), step(4), Checkpointed(4, "c"), step(6), Checkpointed(6, "c"))
+    assert run.status().saved_step == 6
+    run.checkpoint(6).rmdir()
+    assert run.status().saved_step == 4
+    assert run.status().sentence == "interrupted at step 6 of 10, saved up to step 4"
 
 
 def test_a_run_of_this_process_is_running(run: RunFolder):
@@ -473,6 +493,81 @@ def test_a_folder_that_is_not_to_be_replaced_is_kept(tmp_path: Path):
     with pytest.raises(OSError, match="x"), atomic_folder(tmp_path / "x", replace=False) as temporary:
         (temporary / "new").touch()
     assert [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*")] == ["x", "x/kept"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files and processes
+
+
+def test_where_files_can_be_created_nothing_is_said_and_nothing_left(tmp_path: Path):
+    assert writable(tmp_path) == writable(tmp_path / "not" / "there" / "yet") == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_below_a_file_nothing_can_be_created(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below" / "it"):
+        assert writable(path) == f"{tmp_path / 'file'} is a file, not a folder"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a folder that not even root can write to")
+def test_it_is_tried_whether_a_folder_can_be_written():
+    assert os.access("/proc", os.W_OK) or os.geteuid()
+    assert writable(Path("/proc/lorasmith/x")).startswith("/proc cannot be written (")
+
+
+def test_a_name_longer_than_the_disk_takes_is_said_to_be_so(tmp_path: Path):
+    assert "cannot be written" in writable(tmp_path / ("x" * 5000))
+
+
+@pytest.mark.parametrize("refusals", [2, 99], ids=["a quick reader", "a reader that stays"])
+def test_on_windows_folders_and_files_wait_for_their_readers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusals: int
+):
+    refused = []
+
+    def busy(move):
+        def moved(self: Path, target: Path) -> Path:
+            refused.append(target)
+            if len(refused) <= refusals:
+                raise PermissionError(13, "in use", str(target))
+            return move(self, target)
+
+        return moved
+
+    monkeypatch.setattr("lorasmith.trainer.files.sys.platform", "win32")
+    monkeypatch.setattr("lorasmith.trainer.files._WAITS_FOR_READERS", (0, 0, 0))
+    monkeypatch.setattr(Path, "rename", busy(Path.rename))
+    monkeypatch.setattr(Path, "replace", busy(Path.replace))
+    for kind, path in ((atomic_folder, tmp_path / "folder"), (atomic_file, tmp_path / "file")):
+        refused.clear()
+        try:
+            with kind(path) as temporary:
+                (temporary / "x" if kind is atomic_folder else temporary).touch()
+        except PermissionError:
+            assert refusals == 99
+        assert path.exists() == (refusals == 2)
+        assert refused == [path] * (3 if refusals == 2 else 4)
+
+
+def test_the_users_cache_is_one_folder_of_this_name():
+    assert user_cache().is_absolute()
+    assert user_cache().name.lower() == "lorasmith"
+
+
+@pytest.mark.parametrize(("rank", "main"), [(None, True), ("0", True), ("1", False)])
+def test_the_first_of_the_processes_is_the_main_one(monkeypatch: pytest.MonkeyPatch, rank: str | None, main: bool):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert is_main_process() is main
+
+
+def test_what_a_detached_command_says_is_in_its_log(tmp_path: Path):
+    process = start_detached(["stop", str(tmp_path / "none")], tmp_path / "runs" / "none.log")
+    assert process.wait(60) == 2
+    assert "error: " in (said := (tmp_path / "runs" / "none.log").read_text(encoding="utf-8"))
+    assert "is not a run folder" in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------

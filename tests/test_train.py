@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,12 +20,14 @@ from lorasmith.trainer.bases import inspect_base
 from lorasmith.trainer.checkpoint import load_checkpoint
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.configfile import to_toml
-from lorasmith.trainer.errors import RunError, TrainingError
-from lorasmith.trainer.events import Event, PlanMade, Step, Warned, read_events
+from lorasmith.trainer.errors import BaseModelError, RunError, TrainingError, UserError
+from lorasmith.trainer.events import Event, EventLog, PlanMade, Step, Warned, read_events
 from lorasmith.trainer.jobs import RunFolder, create_run
 from lorasmith.trainer.loop import Trainer
+from lorasmith.trainer.lorafile import inspect
 from lorasmith.trainer.models import load_base
 from lorasmith.trainer.plan import make_plan
+from lorasmith.trainer.sample import drawn_like
 
 from . import tiny
 
@@ -239,10 +242,10 @@ def test_previews_start_with_the_untouched_base_and_say_how_they_were_made(short
     folder = create_run(plan.config)
     Trainer(plan, folder, lambda event: None).train(lambda: False)
     base = load_base(inspect_base("pocket"))
-    from lorasmith.trainer.sample import Recipe, draw
+    from lorasmith.trainer.sample import Drawing, draw
 
-    recipe = Recipe("", 7, 2, 7.0, 64)
-    untouched = draw(base, ["emoji of pizza"], recipe)[0]
+    drawing = Drawing("", 7, 2, 7.0, 64)
+    untouched = draw(base, ["emoji of pizza"], drawing)[0]
     with Image.open(folder.samples(0) / "00.png") as first, Image.open(folder.samples(plan.steps) / "00.png") as last:
         assert first.tobytes() == untouched.tobytes()
         assert last.tobytes() != first.tobytes()
@@ -268,3 +271,94 @@ def test_strength_scales_the_effect(short_run):
         assert torch.allclose(none, layer.base_layer(x), atol=1e-6)
         assert torch.allclose(half - none, (full - none) / 2, atol=1e-6)
         assert torch.equal(layer(x), full)
+
+
+def test_gradient_checkpointing_changes_no_result(short_run):
+    plain, _ = train_weights(short_run())
+    saving, _ = train_weights(short_run(name="saving", runtime={"gradient_checkpointing": True}))
+    assert all(torch.allclose(plain[name], saving[name], atol=1e-5) for name in plain)
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_a_base_that_lacks_a_weight_is_refused_and_leaves_no_run(component, tmp_path, short_run):
+    """The libraries would put random numbers in its place, and the run would train to its end."""
+    tiny.make_sd1(tmp_path / "base")
+    file = next((tmp_path / "base" / component).glob("*.safetensors"))
+    tensors = load_file(file)
+    lost = sorted(name for name in tensors if name.endswith("bias"))[0]
+    del tensors[lost]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(BaseModelError, match="1 weights are missing"):
+        run.train(make_plan(short_run(base={"model": str(tmp_path / "base")})), lambda event: None)
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_the_vae_is_loaded_in_full_precision(tmp_path):
+    tiny.make_sd1(tmp_path / "base")
+    full, half = (load_base(inspect_base(str(tmp_path / "base")), dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert half.unet.dtype == torch.bfloat16
+    theirs = half.vae.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in full.vae.state_dict().items())
+
+
+def test_precision_may_change_at_resume(short_run):
+    plan = make_plan(short_run())
+    folder = create_run(plan.config)
+    trainer = Trainer(plan, folder, lambda event: None)
+    trainer.train(lambda: trainer.state.step == 2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run.resume(folder, ["runtime.precision=bf16"], lambda event: None)
+    assert folder.status().state == "done"
+
+
+def test_a_refused_resume_leaves_the_configuration_as_it_was(short_run, pictures):
+    plan = make_plan(short_run())
+    folder = create_run(plan.config)
+    trainer = Trainer(plan, folder, lambda event: None)
+    trainer.train(lambda: trainer.state.step == 2)
+    before = folder.config.read_bytes()
+    with pytest.raises(RunError, match=r"budget\.images is 4"):
+        run.resume(folder, ["budget.images=4"], lambda event: None)
+    (pictures / "picture 0.txt").write_text("another caption", encoding="utf-8")
+    with pytest.raises(RunError, match="have changed"):
+        run.resume(folder, ["save.every=1"], lambda event: None)
+    assert folder.config.read_bytes() == before
+
+
+def test_a_run_whose_images_have_moved_is_exported_and_resumed(tmp_path, short_run, pictures):
+    plan = make_plan(short_run(save={"every": 1}))
+    folder = create_run(plan.config)
+    log = EventLog(folder.events)
+    trainer = Trainer(plan, folder, log.append)
+    trainer.train(lambda: trainer.state.step == 2)
+    pictures.rename(tmp_path / "elsewhere")
+
+    (file,) = run.export_run(folder.path, 1, ["kohya"], tmp_path / "out", "fp16")
+    said = inspect(file)["metadata"]
+    assert file.name == "short-step000001.safetensors"
+    assert said["ss_dataset_dirs"]["pictures"]["img_count"] == 7
+    assert (tmp_path / "out/short-step000001.md").is_file()
+
+    with pytest.raises(UserError, match="no such folder"):
+        run.resume(folder, [], lambda event: None)
+    run.resume(folder, [f"data.path={tmp_path / 'elsewhere'}"], lambda event: None)
+    assert folder.status().state == "done"
+
+
+def test_previews_of_other_prompts_are_never_paired(short_run):
+    settings = {"every": 2, "steps": 1, "prompts": ["emoji of owl"]}
+    finished = run.train(make_plan(short_run(sample=settings)), lambda event: None)
+    run.resume(finished.run, ["budget.images=24", 'sample.prompts=["emoji of snake"]'], lambda event: None)
+    base, last = (drawn_like(finished.run.samples(step)) for step in (0, finished.run.status().step))
+    assert base == last
+    assert base[0].startswith("emoji of snake\n")
+
+
+def test_asking_to_stop_before_the_first_step_stops_before_it(short_run):
+    plan = make_plan(short_run())
+    folder = create_run(plan.config)
+    trainer = Trainer(plan, folder, lambda event: None)
+    assert trainer.train(lambda: True) == "stopped"
+    assert folder.saved_steps() == [0]
+    run.resume(folder, [], lambda event: None)
+    assert folder.status().state == "done"

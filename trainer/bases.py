@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import ssl
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from .architectures import ARCHITECTURES
-from .errors import BaseModelError
+from .errors import BaseModelError, first_line
 
 FamilyName = Literal["sd1", "sd2", "sdxl"]
 
@@ -39,6 +40,14 @@ class BaseInfo:
     """Pixels per latent, along one side."""
     bucket_step: int
     """Bucket sides are multiples of this many pixels, so that every UNet level divides evenly."""
+    revision: str = ""
+    """The Hub's commit; empty for other bases."""
+
+    @property
+    def identity(self) -> str:
+        """Tells these weights from any others, whatever precision they are loaded in and wherever they lie."""
+        folder = Path(self.source)
+        return _weights_identity(folder) if folder.is_dir() else f"{self.source}@{self.revision}"
 
     @property
     def title(self) -> str:
@@ -103,13 +112,14 @@ def _inspect_hub(model: str) -> BaseInfo:
         raise BaseModelError(f"{model} on the Hub is not a diffusers model", "base.model", _ACCEPTED) from error
     except HfHubHTTPError as error:
         raise BaseModelError(
-            f"the Hub refuses {model}: {_first_line(error)}",
+            f"the Hub refuses {model}: {first_line(error)}",
             "base.model",
             "Check the name; for a gated model run: hf auth login",
         ) from error
     except OSError as error:
         raise _unreachable(model) from error
-    return _recognise(model, model, *(_read_json(file) for file in files[1:]))
+    found = _recognise(model, model, *(_read_json(file) for file in files[1:]))
+    return replace(found, revision=files[0].parent.name)
 
 
 def _hub_files(model: str, names: Sequence[str]) -> list[Path]:
@@ -230,5 +240,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _weights_identity(folder: Path) -> str:
+    """SHA-256 over each weight file's name, size, header, and a few blocks of its bytes."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*/*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder).as_posix()}:{size}".encode())
+        with file.open("rb") as handle:
+            for start in range(0, size, max(1, size // _BLOCKS)):
+                handle.seek(start)
+                digest.update(handle.read(_BLOCK))
+    return digest.hexdigest()
+
+
+_BLOCKS, _BLOCK = 64, 1 << 14

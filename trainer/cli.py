@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from . import __version__
-from .errors import INTERRUPTED, ConfigError, LorasmithError, UserError
+from .errors import INTERRUPTED, ConfigError, LorasmithError, TrainingError, UserError
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -47,9 +48,30 @@ def main() -> None:
     signal.signal(signal.SIGINT, _interrupted)
     try:
         app()
-    except LorasmithError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    except Exception as error:
+        told = for_a_person(error)
+        if told is None:
+            raise
+        typer.echo(f"error: {told}", err=True)
+        sys.exit(told.exit_code)
+
+
+def for_a_person(error: Exception) -> LorasmithError | None:
+    """What a person can do about an error; None if only a programmer can."""
+    if isinstance(error, LorasmithError):
+        return error
+    if isinstance(error, OSError) and error.filename:
+        what = f"cannot be read or written ({error.strerror})"
+        return UserError(what, str(error.filename), "Check its path and permissions, or choose another place.")
+    if isinstance(error, OSError):
+        return UserError(error.strerror or " ".join(str(error).split()))
+    if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
+        return TrainingError(
+            "the GPU's memory is full",
+            "",
+            "End what else uses it, or set the variable CUDA_VISIBLE_DEVICES to nothing and use the CPU.",
+        )
+    return None
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
@@ -81,11 +103,10 @@ def lorasmith(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the run, its pictures and its LoRA files.")] = Path(
-        "lorasmith-demo"
-    ),
+    out: Annotated[Path, typer.Option(help="The folder that holds run folders.")] = Path("runs"),
 ) -> None:
     """Train the example style on the embedded base; make before/after pictures and a LoRA file."""
+    _refuse_unwritable(out, "--out")
     from .demo import run_demo
 
     finished = run_demo(out)
@@ -103,7 +124,7 @@ def init(
     recipe: Annotated[str, typer.Option(help="A shipped recipe; the one for the base's family if not given.")] = "",
 ) -> None:
     """Write a commented configuration for a folder of images."""
-    from ..configs import read_recipe, recipe_names
+    from ..configs import read_recipe, recipe_for, recipe_names
     from ..datasets.folder import scan
     from .bases import inspect_base
     from .configfile import merge, to_toml, validate
@@ -113,9 +134,10 @@ def init(
         raise ConfigError("exists already", str(file), "Choose another name, or remove it.")
     if file.suffix.lower() != ".toml":
         raise ConfigError("does not end in .toml", str(file), f"Call it {file.name}.toml.")
+    _refuse_unwritable(file.parent, str(file))
     count = len(scan(images))
     found = inspect_base(base)
-    recipe = recipe or ("demo" if base == "pocket" else f"style-{found.family}")
+    recipe = recipe or recipe_for(base, found.family)
     if recipe not in recipe_names():
         raise ConfigError(f"there is no recipe {recipe!r}", "--recipe", f"Recipes: {', '.join(recipe_names())}.")
     answers = {
@@ -124,10 +146,7 @@ def init(
         "data": [{"path": _path_from(file.parent, images), "trigger": trigger}],
     }
     config = validate(merge(read_recipe(recipe), answers), source="init")
-    try:
-        write_text(file, to_toml(config))
-    except OSError as error:
-        raise ConfigError(f"cannot be written ({error.strerror})", str(file), "Choose another place.") from error
+    write_text(file, to_toml(config))
     typer.echo(f"{file}: {count} images, base {found.title}, recipe {recipe}")
     typer.echo(f"Look at it, then: lorasmith plan {file}")
 
@@ -170,10 +189,10 @@ def doctor(as_json: Json = False) -> None:
 def train(file: ConfigFile, set_: Overrides = None) -> None:
     """Train a LoRA, export it and verify it. The first Ctrl-C stops and saves."""
     from .console import Reporter, print_plan
-    from .jobs import check_name_is_free
+    from .jobs import check_name_is_free, is_main_process
 
     made = _plan_of(file, set_)
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         check_name_is_free(made.config)
         print_plan(made)
     from . import run
@@ -234,25 +253,34 @@ def sample(
     prompt: Annotated[list[str], typer.Option(help="What to draw; may be repeated.")],
     step: Annotated[int | None, typer.Option(help="The checkpoint; the newest if not given.")] = None,
     strength: Annotated[float, typer.Option(help="Strength of the LoRA; 0 is the untouched base.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="The first picture's seed; sample.seed if not given.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="The first picture's seed; sample.seed if not given.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A new folder for the pictures.")] = None,
 ) -> None:
     """Draw pictures with a run's LoRA."""
     from dataclasses import replace
 
-    from . import adapter
-    from .run import load_run
-    from .sample import Recipe, draw, save_previews
-
+    if not math.isfinite(strength):
+        raise UserError(f"{strength} is no strength", "--strength", "Give a number; 1 is the LoRA as it was trained.")
     if out and out.exists():
         raise UserError("exists already", str(out), "Name a new folder.")
-    run, made, base, chosen = load_run(path, step)
-    recipe = Recipe.of(made.config.sample, made.base.resolution)
-    recipe = recipe if seed is None else replace(recipe, seed=seed)
+    if out:
+        _refuse_unwritable(out, "--out")
+
+    from . import adapter
+    from .run import load_run
+    from .sample import Drawing, draw, save_previews
+
+    trained = load_run(path, step)
+    base, name = trained.base, trained.run.name
+    drawing = Drawing.of(trained.config.sample, base.info.resolution)
+    drawing = drawing if seed is None else replace(drawing, seed=seed)
     with adapter.strength(base, strength):
-        pictures = draw(base, prompt, recipe)
-    folder = out or _new_folder(run.path / "samples", f"own-step-{chosen:06d}")
-    save_previews(folder, pictures, prompt, recipe, made.base.short_name, f"{run.name} step {chosen} at {strength:g}")
+        pictures = draw(base, prompt, drawing)
+    folder = out or _new_folder(trained.run.path / "samples", f"own-step-{trained.step:06d}")
+    lora = f"{name} step {trained.step} at {strength:g}"
+    save_previews(folder, pictures, prompt, drawing, base.info.short_name, lora)
     for number in range(len(prompt)):
         typer.echo(folder / f"{number:02d}.png")
 
@@ -268,6 +296,9 @@ def export(
     out: Annotated[Path | None, typer.Option(help="The folder; the run's exports/ if not given.")] = None,
 ) -> None:
     """Write the LoRA file to share, load it back, and compare it with the trained model."""
+    if out:
+        _refuse_unwritable(out, "--out")
+
     from .publish import FORMATS
     from .run import export_run
 
@@ -282,7 +313,7 @@ def export(
 @app.command()
 def inspect(file: Annotated[Path, typer.Argument(help="A LoRA .safetensors file.")], as_json: Json = False) -> None:
     """Say what is in a LoRA file."""
-    from .export import inspect as inspect_file
+    from .lorafile import inspect as inspect_file
 
     facts = inspect_file(file)
     if as_json:
@@ -294,10 +325,12 @@ def inspect(file: Annotated[Path, typer.Argument(help="A LoRA .safetensors file.
 
 @app.command()
 def ui(
-    port: Annotated[int, typer.Option(help="The port of the page.")] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port of the page.")] = 7860,
     folder: Annotated[Path, typer.Option("--runs", help="The folder that holds run folders.")] = Path("runs"),
 ) -> None:
     """Open the browser app: runs, their progress, previews and files."""
+    _refuse_unwritable(folder, "--runs")
+
     from ..ui.app import serve
 
     serve(folder, port)
@@ -316,6 +349,14 @@ def _config_of(file: Path, overrides: list[str] | None) -> RunConfig:
     from .configfile import read_config
 
     return read_config(file, overrides or [])
+
+
+def _refuse_unwritable(folder: Path, where: str) -> None:
+    """Before anything is loaded."""
+    from .files import writable
+
+    if reason := writable(folder):
+        raise UserError(reason, where, "Choose another place.")
 
 
 def _say_how_it_ended(finished: Finished) -> None:

@@ -183,12 +183,19 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def nothing_without_effect(self) -> RunConfig:
-        problems = list(self._settings_without_effect())
+        self._switch_off_rates()
+        problems = [*self._idle_rates(), *self._idle_targets(), *self._idle_previews()]
         if problems:
             raise ValueError(NESTED_PROBLEMS, problems)
         return self
 
-    def _settings_without_effect(self) -> Iterator[Problem]:
+    def _switch_off_rates(self) -> None:
+        """A rate that was not given, of a part that is not trained, is 0."""
+        for part, key in RATES.items():
+            if not getattr(self.adapter, part) and key not in self.optimizer.model_fields_set:
+                setattr(self.optimizer, key, 0.0)
+
+    def _idle_rates(self) -> Iterator[Problem]:
         adapter, optimizer = self.adapter, self.optimizer
         if not (adapter.unet or adapter.text_encoder):
             yield Problem(
@@ -202,8 +209,6 @@ class RunConfig(Section):
                     f"is 0, so adapter.{part} would be trained without changing",
                     f"Give a rate above 0, or set adapter.{part} = false.",
                 )
-            elif not trained and key not in optimizer.model_fields_set:
-                setattr(optimizer, key, 0.0)
             elif not trained and getattr(optimizer, key) > 0:
                 yield Problem(
                     f"optimizer.{key}",
@@ -211,8 +216,35 @@ class RunConfig(Section):
                     f"Remove it (or set it to 0), or set adapter.{part} = true.",
                 )
 
+    def _idle_targets(self) -> Iterator[Problem]:
+        """Text encoders have no convolutions."""
+        adapter = self.adapter
+        if adapter.targets == "attention+ff+conv" and adapter.text_encoder and not adapter.unet:
+            yield Problem(
+                "adapter.targets",
+                'is the same as "attention+ff", because adapter.unet is false',
+                'Set adapter.targets = "attention+ff", or adapter.unet = true.',
+            )
+
+    def _idle_previews(self) -> Iterator[Problem]:
+        """A complete file spells out the defaults as well, so these may stand."""
+        for key in OF_PREVIEWS if self.sample.every == 0 else ():
+            default = SampleSection.model_fields[key].get_default(call_default_factory=True)
+            if getattr(self.sample, key) != default:
+                yield Problem(
+                    f"sample.{key}",
+                    "has no effect, because sample.every is 0",
+                    "Remove it, or set sample.every above 0.",
+                )
+
 
 RATES = {"unet": "lr", "text_encoder": "text_encoder_lr"}  # what can be trained, and its learning rate
+OF_PREVIEWS = ("prompts", "negative_prompt", "seed", "steps", "guidance")
+NEEDS = {
+    "sample.every": [f"sample.{key}" for key in OF_PREVIEWS],
+    **{f"adapter.{part}": [f"optimizer.{rate}"] for part, rate in RATES.items()},
+}
+"""Settings by the switch without which they have no effect."""
 NESTED_PROBLEMS = "several settings have no effect"
 _WINDOWS_DEVICE = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9¹²³]", re.IGNORECASE)
 _LONGEST_NAME = 200  # bytes; most disks take 255, and a file adds its suffix and a temporary name to the run's

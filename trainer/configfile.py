@@ -17,7 +17,7 @@ import tomlkit
 import tomlkit.exceptions
 from pydantic import ValidationError
 
-from .config import NESTED_PROBLEMS, RATES, RunConfig, Section, settings, table_of
+from .config import NEEDS, NESTED_PROBLEMS, RATES, RunConfig, Section, settings, table_of
 from .errors import ConfigError, Problem
 from .files import write_text
 
@@ -56,7 +56,7 @@ def validate(values: Mapping[str, Any], source: str = "configuration", overrides
     for override in overrides:
         set_value(values, override)
     given = {".".join(_parts_of(override)[0]) for override in overrides}
-    _forget_rates_of_what_was_switched_off(values, given)
+    _forget_what_was_switched_off(values, given)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -141,14 +141,23 @@ def _toml_value(text: str) -> Any:
         return text
 
 
-def _forget_rates_of_what_was_switched_off(values: dict[str, Any], given: Collection[str]) -> None:
-    """`--set adapter.unet=false` means its rate as well, which a complete file spells out."""
-    adapter, optimizer = values.get("adapter"), values.get("optimizer")
-    if not isinstance(adapter, dict) or not isinstance(optimizer, dict):
-        return
-    for part, rate in RATES.items():
-        if f"adapter.{part}" in given and adapter.get(part) is False and f"optimizer.{rate}" not in given:
-            optimizer.pop(rate, None)
+def _forget_what_was_switched_off(values: dict[str, Any], given: Collection[str]) -> None:
+    """`--set adapter.unet=false` means its rate as well, `--set sample.every=0` the prompts: a file spells out both."""
+    for switch, dependents in NEEDS.items():
+        table, key = _table_at(values, switch)
+        if switch not in given or table.get(key):
+            continue
+        for dependent in dependents:
+            table, key = _table_at(values, dependent)
+            if dependent not in given:
+                table.pop(key, None)
+
+
+def _table_at(values: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
+    """The table that holds `section.key`, and the key; an empty one if there is none."""
+    section, _, key = dotted.partition(".")
+    table = values.get(section)
+    return (table if isinstance(table, dict) else {}), key
 
 
 def _absolute(path: str, start: Path) -> Path:
@@ -162,14 +171,14 @@ def _absolute(path: str, start: Path) -> Path:
 def _hidden_errors(values: Mapping[str, Any], error: ValidationError) -> list[Any]:
     """Settings without effect, which pydantic looks for only when each single value is right.
 
-    So it looks again, at the two tables that are compared, without the values that are wrong.
+    So it looks again, at the tables that are compared, without the values that are wrong.
     """
-    wrong = [detail["loc"] for detail in error.errors()]
+    wrong = {detail["loc"][:2] for detail in error.errors()}
     if () in wrong:  # then it has looked
         return []
-    wrong += [("optimizer", rate) for part, rate in RATES.items() if ("adapter", part) in wrong]
+    wrong |= {("optimizer", rate) for part, rate in RATES.items() if ("adapter", part) in wrong}
     sound: dict[str, Any] = {"name": "x", "data": [{"path": "x"}]}
-    for name in ("adapter", "optimizer"):
+    for name in ("adapter", "optimizer", "sample"):
         if isinstance(table := values.get(name, {}), Mapping):
             sound[name] = {key: value for key, value in table.items() if (name, key) not in wrong}
     try:

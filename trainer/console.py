@@ -14,8 +14,8 @@ from rich.table import Table
 from .events import Checkpointed, Done, Event, Phase, PlanMade, Sampled, Step, Stopped, Warned
 from .plan import Plan
 
-out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 _ALL_IMAGES_LISTED_UP_TO = 40
 _CAPTIONS_SHOWN = 5
@@ -99,10 +99,19 @@ def trained_sentence(parts: list[dict[str, Any]]) -> str:
     )
 
 
+def length_sentence(plan: Plan) -> str:
+    """How long the run is. Images of different shapes share no batch, so that steps may be smaller than was asked."""
+    batch, shows = plan.config.budget.batch * plan.batches_per_step, plan.facts()["shows_per_image"]
+    return (
+        f"{plan.steps} steps of at most {batch} images (on average {plan.images / plan.steps:.3g}) = "
+        f"{plan.images} images seen, each image {shows:g} times"
+    )
+
+
 def print_plan(plan: Plan) -> None:
     """The plan in words and numbers."""
     facts, config = plan.facts(), plan.config
-    out.print(f"[bold]{config.name}[/] on {plan.base.title}")
+    out.print(f"[bold]{escape(config.name)}[/] on {escape(plan.base.title)}")
     _print_images(plan)
     sources = ", ".join(f"{count} from {source}" for source, count in plan.caption_sources().items())
     out.print(f"captions: {facts['captions']} of {facts['images']} used ({sources})", markup=False)
@@ -110,10 +119,7 @@ def print_plan(plan: Plan) -> None:
         out.print(f"  {example.name}: {example.caption!r}", markup=False)
     buckets = ", ".join(f"{count} x {size}" for size, count in facts["buckets"].items())
     out.print(f"buckets: {buckets}")
-    out.print(
-        f"length: {plan.steps} steps of {facts['batch']} images = {plan.images} images seen, "
-        f"each image {facts['shows_per_image']:g} times"
-    )
+    out.print(f"length: {length_sentence(plan)}")
     parts = [name for name in ("unet", "text_encoder") if getattr(config.adapter, name)]
     out.print(
         f"adapter: {config.adapter.kind}, rank {config.adapter.rank}, alpha {config.adapter.alpha:g}, "

@@ -21,7 +21,7 @@ from .files import atomic_file, write_text
 from .jobs import RunFolder
 from .models import Base
 from .plan import make_plan
-from .sample import Recipe, before_after_grid, draw
+from .sample import Drawing, before_after_grid, draw
 from .score import StyleMeasure, StyleScore, colour_layout_distance, wrong_concept_distance
 
 EXAMPLES = Path(__file__).parent.parent / "datasets" / "examples"
@@ -45,18 +45,18 @@ def run_demo(folder: Path) -> run.Finished:
     if finished.stopped_by:
         return finished
 
-    trained, plan, base, _ = run.load_run(finished.run.path, None)
-    recipe = Recipe.of(plan.config.sample, plan.base.resolution)
+    base = run.load_run(finished.run.path, None).base
+    drawing = Drawing.of(plan.config.sample, plan.base.resolution)
     held_out = read_held_out()
     prompts = [prompt for prompt, _ in held_out]
     with strength(base, 0):
-        before = draw(base, prompts, recipe)
+        before = draw(base, prompts, drawing)
     with strength(base, STRENGTH):
-        after = draw(base, prompts, recipe)
+        after = draw(base, prompts, drawing)
 
-    grid = _save_grid(trained, before, after, prompts)
+    grid = _save_grid(finished.run, before, after, prompts)
     score = measure_style(base, before, after)
-    write_text(trained.path / "style.json", json.dumps(asdict(score), indent=2) + "\n")
+    write_text(finished.run.path / "style.json", json.dumps(asdict(score), indent=2) + "\n")
     out.print(f"measured on {len(prompts)} held-out concepts, with the LoRA at strength {STRENGTH}:")
     for sentence in score.sentences():
         out.print(sentence)

@@ -8,10 +8,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import psutil
 
 from . import __version__
+from .files import user_cache
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow", "gradio", "xformers")
 
@@ -51,7 +51,7 @@ def _devices() -> dict[str, Any]:
 
 
 def _disk() -> dict[str, str]:
-    cache = Path(platformdirs.user_cache_dir("lorasmith", appauthor=False))
+    cache = user_cache()
     places = {"here": Path.cwd(), "cache": next(folder for folder in (cache, *cache.parents) if folder.exists())}
     free = {name: f"{shutil.disk_usage(place).free / 2**30:.1f} GiB free" for name, place in places.items()}
     used = sum(file.stat().st_size for file in cache.rglob("*.safetensors")) if cache.exists() else 0

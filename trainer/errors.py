@@ -30,6 +30,11 @@ class Problem:
         return f"{self.where}: {self.what}. {self.fix}" if self.where else f"{self.what}. {self.fix}"
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says first; its name if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class LorasmithError(Exception):
     """Root of all errors that are shown to a person without a traceback."""
 

@@ -150,6 +150,34 @@ def read_events(path: Path) -> Iterator[Record]:
             continue
 
 
+def history(path: Path) -> list[Record]:
+    """The records of a run as it stands: of what a kill undid and a resume did again, the last that was done.
+
+    A step that comes again takes the place of every step, preview and checkpoint from it on; a preview or checkpoint
+    that comes again, that of the earlier one.
+    """
+    records: list[Record] = []
+    newest, drawn_or_saved = -1, set()
+    for record in read_events(path):
+        event = record.event
+        kind = (type(event), _step_of(event))
+        if isinstance(event, Step):
+            if event.step <= newest:
+                records = [before for before in records if _step_of(before.event) < event.step]
+            newest = event.step
+        elif isinstance(event, Sampled | Checkpointed):
+            if kind in drawn_or_saved:
+                records = [before for before in records if (type(before.event), _step_of(before.event)) != kind]
+            drawn_or_saved.add(kind)
+        records.append(record)
+    return records
+
+
+def _step_of(event: Event) -> int:
+    """The step that an event belongs to; -1 if it belongs to the whole run."""
+    return event.step if isinstance(event, Step | Sampled | Checkpointed) else -1
+
+
 def _event(values: dict[str, Any]) -> Event:
     """The event of a line; fields of later versions are passed over."""
     kind = _TYPES[values["type"]]

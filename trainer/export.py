@@ -20,12 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapter import ADAPTER, LoraModule, lora_modules
-from .card import write_beside
 from .errors import ExportError, Problem, UserError
 from .files import atomic_file
 from .keys import Format, base_name, component_of
-from .lorafile import LEAVES, Hashes, LoraFile, inspect
-from .metadata import Facts, FolderFacts, Shape, build
+from .lorafile import LEAVES, Hashes, LoraFile
+from .metadata import Facts, Shape, build
 from .models import Base
 from .verify import Verification, verify
 
@@ -57,17 +56,18 @@ def export(
     format: Format = "kohya",
     precision: Precision = "fp16",
 ) -> Exported:
-    """Write the file, verify it, then write its card, sidecar and picture beside it.
+    """Write a file and verify it; only then it takes its name, and the place of an earlier one.
 
     `load_fresh` gives the same base without an adapter, in the precision and on the device of `base`.
 
     Raises:
-        ExportError: if what is on disk is not the same as the live model; then nothing is written beside it.
+        ExportError: if what is on disk is not the same as the live model.
     """
-    exported = write(base, path, format, facts, precision)
-    verification = verify(path, base, load_fresh)
-    write_beside(path, facts, base.info)
-    return dataclasses.replace(exported, verification=verification)
+    unverified = path.with_name(f"{path.stem}.unverified.safetensors")
+    exported = write(base, unverified, format, facts, precision)
+    verification = verify(unverified, base, load_fresh)
+    unverified.replace(path)
+    return dataclasses.replace(exported, path=path, verification=verification)
 
 
 def write(base: Base, path: Path, format: Format, facts: Facts, precision: Precision = "fp16") -> Exported:
@@ -194,16 +194,3 @@ def _shape(weights: dict[str, Tensor], format: Format) -> Shape:
     ranks = tuple(tensor.shape[0] for tensor in downs)
     alphas = tuple(float(tensor) for key, tensor in weights.items() if alpha and key.endswith(alpha[0]))
     return Shape(ranks, alphas or tuple(float(rank) for rank in ranks), any(t.shape[2:].numel() > 1 for t in downs))
-
-
-__all__ = [
-    "Exported",
-    "Facts",
-    "FolderFacts",
-    "Verification",
-    "export",
-    "inspect",
-    "tensors",
-    "verify",
-    "write",
-]

@@ -7,7 +7,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -23,7 +24,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         flush_to_disk(temporary)
-        _rename(temporary, path)
+        _rename(temporary.replace, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -46,7 +47,7 @@ def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
                 flush_to_disk(file)
         if replace:
             shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
+        _rename(temporary.rename, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -55,6 +56,33 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def writable(path: Path) -> str:
+    """Why no file can be created in a folder, which need not be there yet; empty if one can.
+
+    It tries: what `os.access` says does not hold for root, for network drives, and on Windows.
+    """
+    try:
+        there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    except OSError as error:  # a name too long, or a folder that may not be looked into
+        return f"{path} cannot be written ({error.strerror})"
+    if not there.is_dir():
+        return f"{there} is a file, not a folder"
+    attempt = there / f".{uuid.uuid4().hex}.tmp"
+    try:
+        attempt.touch(exist_ok=False)
+        attempt.unlink()
+    except OSError as error:
+        return f"{there} cannot be written ({error.strerror})"
+    return ""
+
+
+def user_cache() -> Path:
+    """Where latents and text embeddings are kept if no other folder was named."""
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("lorasmith", appauthor=False))
 
 
 @contextmanager
@@ -83,14 +111,14 @@ def _lock(file: IO[bytes]) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
-def _rename(temporary: Path, path: Path) -> None:
-    """Windows replaces no file that another process has open; those who read here are quick, so wait for them."""
+def _rename(move: Callable[[Path], Path], path: Path) -> None:
+    """Windows moves nothing that another process has open; those who read here are quick, so wait for them."""
     for seconds in _WAITS_FOR_READERS if sys.platform == "win32" else ():
         with suppress(PermissionError):
-            temporary.replace(path)
+            move(path)
             return
         time.sleep(seconds)
-    temporary.replace(path)
+    move(path)
 
 
 def flush_to_disk(path: Path) -> None:

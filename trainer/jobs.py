@@ -18,8 +18,8 @@ import psutil
 from .config import RunConfig
 from .configfile import read_config, write_config
 from .errors import RunError
-from .events import Checkpointed, Done, Event, Failed, PlanMade, Step, Stopped, read_events
-from .files import atomic_folder, locked, write_text
+from .events import Done, Event, Failed, PlanMade, Step, Stopped, read_events
+from .files import atomic_folder, locked, writable, write_text
 
 State = Literal["running", "done", "stopped", "failed", "interrupted", "new"]
 
@@ -105,7 +105,8 @@ class RunFolder:
 
     def status(self) -> Status:
         """Read from the events; a run without a last word is `running` only while its process lives."""
-        step = steps = saved = 0
+        step = steps = 0
+        saved = max(self.saved_steps(), default=0)
         last: Event | None = None
         word: Done | Stopped | Failed | None = None  # the last one that no step has followed
         for record in read_events(self.events):
@@ -114,8 +115,6 @@ class RunFolder:
                     steps = planned
                 case Step(step=number):
                     step, word = number, None
-                case Checkpointed(step=number):
-                    saved = number
                 case Done() | Stopped() | Failed():
                     word = last
         if last is not word and self.owner_alive():
@@ -187,10 +186,8 @@ def check_name_is_free(config: RunConfig) -> Path:
             str(path),
             "Choose another name (--set name=...), or continue it with: lorasmith resume " + str(path),
         )
-    parent = next(folder for folder in (path.parent, *path.parent.parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        what = "cannot be written" if parent.is_dir() else "is a file, not a folder"
-        raise RunError(f"{parent} {what}", "runs", "Set runs to a folder you may write to (--set runs=...).")
+    if reason := writable(path.parent):
+        raise RunError(reason, "runs", "Set runs to a folder you may write to (--set runs=...).")
     return path
 
 
@@ -233,13 +230,21 @@ def find_runs(folder: Path) -> Iterator[RunFolder]:
         yield RunFolder(config.parent.absolute())
 
 
-def start_detached(arguments: list[str]) -> None:
-    """Run a `lorasmith` command in a process of its own, which outlives this one."""
+def is_main_process() -> bool:
+    """Whether this is the one of the processes of a run that writes its folder."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def start_detached(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Run a `lorasmith` command in a process of its own, which outlives this one; what it says goes to `log`."""
     command = [sys.executable, "-m", "lorasmith.trainer.cli", *arguments]
-    options: dict = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    options: dict = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
     if os.name == "nt":
         options["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS  # pyright: ignore[reportAttributeAccessIssue]
     else:
         options["start_new_session"] = True
-    process = subprocess.Popen(command, **options)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as said:
+        process = subprocess.Popen(command, stdout=said, **options)
     threading.Thread(target=process.wait, daemon=True).start()  # else it would stay a zombie when it ends
+    return process

@@ -39,12 +39,13 @@ from .noise import (
 )
 from .optim import make_optimizer, schedule_factor, set_learning_rates
 from .plan import Plan
-from .sample import Recipe, draw, save_previews
+from .sample import Drawing, draw, drawn_like, save_previews
 
 Emit = Callable[[Event], None]
 Outcome = Literal["finished", "stopped"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 
+_MOST_SKIPPED = 20
 DTYPES: dict[MixedPrecision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -80,11 +81,13 @@ class Trainer:
                 "accelerate",
                 "Start them with: torchrun --nproc_per_node N -m lorasmith.trainer.cli train FILE",
             )
+        self.skipped = 0
         emit(Phase("loading the base"))
         self.base = load_base(plan.base, DTYPES[precision], self.accelerator.device)
         self._warn_of_cut_captions()
         self._fill_caches()
         self._put_on_adapters(checkpoint)
+        self.drawing = Drawing.of(self.config.sample, plan.base.resolution)
         self.alphas_cumprod: Tensor = self.base.scheduler.alphas_cumprod.float()
 
     # -- level 1: the run ---------------------------------------------------------------------------------------------
@@ -95,8 +98,10 @@ class Trainer:
         Raises:
             TrainingError: if the loss is not finite; the last checkpoint stands.
         """
-        if self.state.step == 0:
-            self._sample()
+        if not self._base_was_drawn():
+            self._sample(untouched=True)
+        if self._agree(should_stop()):
+            return self._stop()
 
         steps = islice(self.plan.order.steps(self.plan.batches_per_step), self.state.step, self.plan.steps)
         for batches in steps:
@@ -111,10 +116,13 @@ class Trainer:
 
             # someone wants to stop: keep the work
             if not last and self._agree(should_stop()):
-                if self.state.step not in self.run.saved_steps():
-                    self._save()
-                return "stopped"
+                return self._stop()
         return "finished"
+
+    def _stop(self) -> Outcome:
+        if self.state.step not in self.run.saved_steps():
+            self._save()
+        return "stopped"
 
     # -- level 2: one optimizer step ----------------------------------------------------------------------------------
 
@@ -142,6 +150,7 @@ class Trainer:
                     norm = self._finite_norm(self.accelerator.clip_grad_norm_(self.trained, max_norm), batches)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+        self._watch_skipped_steps()
 
         self.state.step += 1
         self.state.images += images
@@ -165,7 +174,7 @@ class Trainer:
         sizes = torch.tensor([example.sizes for example in examples])
 
         device, dtype = self.accelerator.device, self.base.dtype
-        predicted = self.denoiser(noisy.to(device, dtype), t.to(device), text, sizes.to(device, dtype))
+        predicted = self.denoiser(noisy.to(device, dtype), t.to(device), text, sizes.to(device, torch.float32))
         return weighted_mse(predicted, target.to(device), weight.to(device))
 
     # -- preparation --------------------------------------------------------------------------------------------------
@@ -197,15 +206,16 @@ class Trainer:
 
     def _put_on_adapters(self, checkpoint: Checkpoint | None) -> None:
         config, base = self.config, self.base
-        base_fingerprint = base.fingerprint
         put_on(base, config.adapter, config.seed)
         if config.runtime.attention == "xformers":
             base.unet.enable_xformers_memory_efficient_attention()
         if config.runtime.gradient_checkpointing:
-            for module in base.components.values():
-                enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
-                enable()
-                module.train()  # both libraries recompute only in training mode; neither has dropout here
+            base.unet.enable_gradient_checkpointing()
+            for encoder in base.text_encoders.values() if config.adapter.text_encoder else ():
+                enable = getattr(encoder, "activation_checkpointing_enable", None)  # its name in newer transformers
+                (enable or encoder.gradient_checkpointing_enable)()
+                encoder.train()
+            base.unet.train()  # both libraries recompute only in training mode; neither has dropout here
 
         groups = parameter_groups(base, config)
         self.base_rates: list[float] = [group["lr"] for group in groups]
@@ -213,12 +223,11 @@ class Trainer:
         self.denoiser, self.optimizer = self.accelerator.prepare(
             Denoiser(base, config.adapter.text_encoder), make_optimizer(config.optimizer, groups)
         )
-        self.state = TrainState(dataset=self.plan.dataset_fingerprint, base=base_fingerprint)
+        self.state = TrainState(dataset=self.plan.dataset_fingerprint, base=self.plan.base.identity)
         if checkpoint:
             self._restore(checkpoint)
-        self.emit(
-            PlanMade(self.plan.steps, self.plan.images, self.plan.facts(), [asdict(p) for p in parts(base, config)])
-        )
+        facts = self.plan.facts() | {"dataset": self.plan.dataset_facts()}
+        self.emit(PlanMade(self.plan.steps, self.plan.images, facts, [asdict(p) for p in parts(base, config)]))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         saved, images_by_step = checkpoint.state, [0, *self.plan.images_by_step]
@@ -227,7 +236,7 @@ class Trainer:
             ("images or captions", saved.dataset, self.state.dataset),
             ("base model", saved.base, self.state.base),
             ("format of checkpoints", saved.version, self.state.version),
-            ("number of processes, or the length of the run,", saved.images, images),
+            ("images in each step (the number of processes?)", saved.images, images),
         ):
             if then != now:
                 raise RunError(
@@ -270,6 +279,16 @@ class Trainer:
             "The last checkpoint stands. Lower optimizer.lr, or use bf16 or fp32.",
         )
 
+    def _watch_skipped_steps(self) -> None:
+        """fp16's gradient scaler skips steps whose gradients overflow; a few at the start are usual, many are not."""
+        self.skipped = self.skipped + 1 if self.accelerator.optimizer_step_was_skipped else 0
+        if self.skipped == _MOST_SKIPPED:
+            raise TrainingError(
+                f"the gradients of the last {_MOST_SKIPPED} steps overflowed fp16, so nothing was learned",
+                str(self.run.path),
+                'The last checkpoint stands. Set runtime.precision = "bf16" or "fp32".',
+            )
+
     def _report(self, loss: Tensor, norm: Tensor, rates: list[float], seconds: float) -> None:
         names = [group["name"] for group in self.optimizer.param_groups]
         self.emit(
@@ -283,20 +302,25 @@ class Trainer:
             )
         )
 
-    def _sample(self) -> None:
-        """Draw the previews; at step 0 they are the untouched base's."""
-        settings, step = self.config.sample, self.state.step
+    def _sample(self, untouched: bool = False) -> None:
+        """Draw the previews of this step, or those of the untouched base, which are kept as step 0."""
+        settings, step = self.config.sample, 0 if untouched else self.state.step
         if not settings.every:
             return
         if self.accelerator.is_main_process:
             self.emit(Phase("drawing previews"))
-            recipe = Recipe.of(settings, self.plan.base.resolution)
-            with strength(self.base, 0) if step == 0 else nullcontext():
-                pictures = draw(self.base, settings.prompts, recipe)
-            lora = f"{self.config.name} step {step}" if step else "none"
-            save_previews(self.run.samples(step), pictures, settings.prompts, recipe, self.plan.base.short_name, lora)
+            with strength(self.base, 0) if untouched else nullcontext():
+                pictures = draw(self.base, settings.prompts, self.drawing)
+            model, lora = self.plan.base.short_name, "" if untouched else f"{self.config.name} step {step}"
+            save_previews(self.run.samples(step), pictures, settings.prompts, self.drawing, model, lora)
             self.emit(Sampled(step, f"samples/step-{step:06d}", settings.prompts))
         self.accelerator.wait_for_everyone()
+
+    def _base_was_drawn(self) -> bool:
+        """Whether the base's previews are there, drawn as all further ones will be."""
+        model, prompts = self.plan.base.short_name, self.config.sample.prompts
+        wanted = [self.drawing.parameters(prompt, number, model) for number, prompt in enumerate(prompts)]
+        return drawn_like(self.run.samples(0)) == wanted
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
@@ -340,4 +364,4 @@ def mixed_precision(setting: Precision) -> MixedPrecision:
         return "no" if setting == "fp32" else setting
     if not torch.cuda.is_available():
         return "no"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

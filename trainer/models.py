@@ -16,12 +16,13 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from .architectures import ARCHITECTURES
 from .bases import POCKET, BaseInfo, FamilyName
-from .errors import BaseModelError
+from .errors import BaseModelError, first_line
 
 
 @dataclass
@@ -129,6 +130,11 @@ class Base:
     def device(self) -> torch.device:
         return self.unet.device
 
+    def to(self, device: str | torch.device) -> None:
+        """Move all components."""
+        for module in (*self.components.values(), self.vae):
+            module.to(device)
+
     @property
     def scaling_factor(self) -> float:
         """Latents are multiplied by it to about unit variance."""
@@ -176,11 +182,6 @@ class Base:
         """A hash of the VAE's weights: latents of another VAE are other latents."""
         return fingerprint(self.vae)
 
-    @property
-    def fingerprint(self) -> str:
-        """Tells this base from any other; of the UNet, the largest part, a sketch is enough."""
-        return f"{sketch(self.unet)}-{self.vae_fingerprint}-{self.text_fingerprint}"
-
     @cached_property
     def text_fingerprint(self) -> str:
         """A hash of the text encoders' weights and their token limit."""
@@ -197,16 +198,6 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def sketch(module: nn.Module) -> str:
-    """SHA-256 over every parameter's name, shape and a few of its values; much faster than `fingerprint`."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        flat = tensor.detach().flatten()
-        few = flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes()
-        digest.update(f"{name}:{tuple(tensor.shape)}".encode() + few)
-    return digest.hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # loading
 
@@ -218,15 +209,17 @@ def load_base(info: BaseInfo, dtype: torch.dtype = torch.float32, device: str | 
         BaseModelError: if weights are missing or broken.
     """
     _quiet_libraries()
-    pipeline = _random_pipeline(info) if info.source.startswith("random:") else _load_pipeline(info, dtype)
+    parts = _random_parts(info) if info.source.startswith("random:") else _saved_parts(info, dtype)
     names = FAMILIES[info.family].text_encoder_classes
-    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type=info.prediction)
+    # Whatever sampler the base came with: its noise schedule, and DDIM's own way of using it.
+    settings = {"prediction_type": info.prediction, "clip_sample": False, "thresholding": False}
+    scheduler = DDIMScheduler.from_config(parts["scheduler"], set_alpha_to_one=False, **settings)
     base = Base(
         info=info,
-        tokenizers=[getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in names],
-        text_encoders={name: getattr(pipeline, name) for name in names},
-        vae=pipeline.vae,
-        unet=pipeline.unet,
+        tokenizers=[parts[name.replace("text_encoder", "tokenizer")] for name in names],
+        text_encoders={name: parts[name] for name in names},
+        vae=parts["vae"],
+        unet=parts["unet"],
         scheduler=cast(DDIMScheduler, scheduler),
     )
     for module in base.components.values():
@@ -235,36 +228,59 @@ def load_base(info: BaseInfo, dtype: torch.dtype = torch.float32, device: str | 
     return base
 
 
-def _load_pipeline(info: BaseInfo, dtype: torch.dtype) -> Any:
-    extra = {} if info.family == "sdxl" else {"safety_checker": None, "requires_safety_checker": False}
-    pipeline_class = FAMILIES[info.family].pipeline_class
+def _saved_parts(info: BaseInfo, dtype: torch.dtype) -> dict[str, Any]:
+    """Components of a diffusers folder or a Hub model, by the names diffusers gives them."""
+    parts: dict[str, Any] = {
+        "unet": _load(info, "unet", UNet2DConditionModel, dtype),
+        "vae": _load(info, "vae", AutoencoderKL, torch.float32),
+    }
     try:
-        return pipeline_class.from_pretrained(info.source, dtype=dtype, use_safetensors=True, **extra)
-    except (OSError, ValueError, RuntimeError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BaseModelError(
-            f"the weights of {info.model} cannot be loaded: {first_line}",
-            "base.model",
-            "The folder needs model_index.json and .safetensors weights of every component.",
-        ) from error
+        parts["scheduler"] = DDIMScheduler.load_config(info.source, subfolder="scheduler")
+        for name, text_class in FAMILIES[info.family].text_encoder_classes.items():
+            tokenizer = name.replace("text_encoder", "tokenizer")
+            parts[tokenizer] = CLIPTokenizer.from_pretrained(info.source, subfolder=tokenizer)
+            parts[name] = _load(info, name, text_class, dtype)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{info.model} cannot be loaded: {first_line(error)}", "base.model", _COMPLETE) from error
+    return parts
 
 
-def _random_pipeline(info: BaseInfo) -> Any:
+def _load(info: BaseInfo, component: str, model_class: Any, dtype: torch.dtype) -> Any:
+    """One component; a weight that is not in its files is an error, where the libraries would put random numbers."""
+    where, failures = f"base.model: {info.model}, {component}", []
+    for variant in (None, "fp16"):  # some models are on the Hub in half precision only
+        options = {"subfolder": component, "dtype": dtype, "use_safetensors": True, "variant": variant}
+        options["revision"] = info.revision or None
+        try:
+            model, report = model_class.from_pretrained(info.source, output_loading_info=True, **options)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            failures.append(error)
+            continue
+        lacking = sorted(str(name) for name in [*report["missing_keys"], *report["mismatched_keys"]])
+        if lacking:
+            what = f"{len(lacking)} weights are missing or of another shape, such as {lacking[0]}"
+            raise BaseModelError(what, where, _COMPLETE)
+        return model
+    what = f"its weights cannot be loaded: {first_line(failures[0])}"
+    raise BaseModelError(what, where, _COMPLETE) from failures[0]
+
+
+_COMPLETE = "A base needs model_index.json, and .safetensors weights of every component."
+
+
+def _random_parts(info: BaseInfo) -> dict[str, Any]:
     """The real architecture with random weights, the same ones each time; the tokenizer is CLIP's own."""
-    parts = ARCHITECTURES[info.source.removeprefix("random:")]
-    family = FAMILIES[info.family]
-    components: dict[str, Any] = {"scheduler": DDIMScheduler(**parts["scheduler"])}
+    shapes = ARCHITECTURES[info.source.removeprefix("random:")]
+    parts: dict[str, Any] = {"scheduler": shapes["scheduler"]}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        components["unet"] = UNet2DConditionModel(**parts["unet"])
-        components["vae"] = AutoencoderKL(**parts["vae"])
-        for name, text_class in family.text_encoder_classes.items():
-            components[name] = text_class(CLIPTextConfig(**parts[name]))
+        parts["unet"] = UNet2DConditionModel(**shapes["unet"])
+        parts["vae"] = AutoencoderKL(**shapes["vae"])
+        for name, text_class in FAMILIES[info.family].text_encoder_classes.items():
+            parts[name] = text_class(CLIPTextConfig(**shapes[name]))
             tokenizer = name.replace("text_encoder", "tokenizer")
-            components[tokenizer] = CLIPTokenizer.from_pretrained(POCKET / "tokenizer", model_max_length=77)
-    if info.family != "sdxl":
-        components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return family.pipeline_class(**components)
+            parts[tokenizer] = CLIPTokenizer.from_pretrained(POCKET / "tokenizer", model_max_length=77)
+    return parts
 
 
 def _quiet_libraries() -> None:

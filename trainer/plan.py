@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..datasets.buckets import BatchOrder, images_by_step
-from ..datasets.dataset import Example, Source, bucket_counts, dataset_fingerprint, load_examples
+from ..datasets.dataset import Example, Source, bucket_counts, dataset_fingerprint, load_examples, tag_frequency
 from ..datasets.folder import METADATA
 from .bases import BaseInfo, inspect_base
 from .config import RunConfig
-from .errors import ConfigError, LorasmithError, Problem, UserError
+from .errors import ConfigError, LorasmithError, Problem, UserError, first_line
+
+T = TypeVar("T")
 
 PREVIEWS_BY_DEFAULT = 4
 _MUCH_ENLARGED = 1.5
@@ -84,6 +86,15 @@ class Plan:
             "warnings": list(self.warnings()),
         }
 
+    def dataset_facts(self) -> dict[str, Any]:
+        """What an export says of the images; kept in `events.jsonl`, so that it needs neither images nor plan."""
+        counts = Counter((e.source.path.name, e.item.repeats, e.source.trigger) for e in self.examples)
+        return {
+            "folders": [[name, images, repeats, trigger] for (name, repeats, trigger), images in counts.items()],
+            "buckets": [[width, height, images] for (width, height), images in bucket_counts(self.examples).items()],
+            "tag_frequency": tag_frequency(self.examples),
+        }
+
     @property
     def captioned(self) -> list[Example]:
         """Examples whose final caption is not empty."""
@@ -107,6 +118,8 @@ class Plan:
         cropped = [example for example in self.examples if example.fit.cropped_share > _MUCH_CROPPED]
         if cropped:
             yield f"{_images(len(cropped))} lose over {_MUCH_CROPPED:.0%} of their area to the crop: {_names(cropped)}."
+        if self.images < len(self.examples):
+            yield f"the budget of {self.images} images is too small to show each of the {len(self.examples)} once."
         seen: dict[str, Example] = {}
         for example in self.examples:
             if example.item.sha256 in seen:
@@ -133,14 +146,19 @@ def make_plan(config: RunConfig) -> Plan:
     examples = _collect(problems, lambda: load_examples(_sources(config, base), base.bucket_step if base else 64))
     if problems or base is None or examples is None:
         raise UserError.of(problems)
-    chosen = config.objective.prediction
     return Plan(
         config=_completed(config, examples),
-        base=base if chosen == "auto" else replace(base, prediction=chosen),
+        base=as_trained(base, config),
         examples=examples,
         prediction_of_base=base.prediction,
         processes=int(os.environ.get("WORLD_SIZE", "1")),
     )
+
+
+def as_trained(base: BaseInfo, config: RunConfig) -> BaseInfo:
+    """The base with the prediction type that was asked for."""
+    chosen = config.objective.prediction
+    return base if chosen == "auto" else replace(base, prediction=chosen)
 
 
 def _completed(config: RunConfig, examples: list[Example]) -> RunConfig:
@@ -174,19 +192,26 @@ def check_devices(config: RunConfig) -> None:
         return
     import torch
 
-    if torch.cuda.is_available():
-        return
+    if not torch.cuda.is_available():
+        setting, value = ("attention", "xformers") if runtime.attention == "xformers" else ("precision", "fp16")
+        what = f"{value} needs an NVIDIA GPU, and this computer has none"
+        raise ConfigError(what, f"runtime.{setting}", f'Set runtime.{setting} = "auto".')
     if runtime.attention == "xformers":
-        raise ConfigError(
-            "xformers needs an NVIDIA GPU, and this computer has none",
-            "runtime.attention",
-            'Set runtime.attention = "auto".',
-        )
-    raise ConfigError(
-        "fp16 needs an NVIDIA GPU, and this computer has none",
-        "runtime.precision",
-        'Set runtime.precision = "auto", "fp32" or "bf16".',
-    )
+        _try_xformers()
+
+
+def _try_xformers() -> None:
+    """One small attention, because an xformers that was built for another PyTorch imports and then fails."""
+    import torch
+
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        query = torch.zeros(1, 2, 1, 40, device="cuda", dtype=torch.float16)
+        memory_efficient_attention(query, query, query)
+    except (ImportError, NotImplementedError, RuntimeError) as error:
+        what = f"xformers does not work here: {first_line(error)}"
+        raise ConfigError(what, "runtime.attention", 'Set runtime.attention = "auto".') from error
 
 
 def check_folders(config: RunConfig) -> None:
@@ -231,7 +256,7 @@ def _sources(config: RunConfig, base: BaseInfo | None) -> list[Source]:
     ]
 
 
-def _collect(problems: list[Problem], check: Any) -> Any:
+def _collect(problems: list[Problem], check: Callable[[], T]) -> T | None:
     """The check's result; or None, with its problems added to the list."""
     try:
         return check()

@@ -3,71 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from ..datasets.dataset import bucket_counts, tag_frequency
-from .events import Step, read_events
-from .export import Facts, FolderFacts, Precision, export, verify, write
+from .card import write_beside
+from .config import RunConfig
+from .events import PlanMade, Step, history
+from .export import Precision, export
 from .files import atomic_file
 from .jobs import RunFolder
 from .keys import Format
+from .metadata import Facts, FolderFacts
 from .models import Base, load_base
-from .plan import Plan
-from .sample import before_after_grid
+from .sample import before_after_grid, drawn_like
 
 FORMATS: tuple[Format, ...] = ("kohya", "diffusers")
 
 
-def publish(
-    base: Base,
-    plan: Plan,
-    run: RunFolder,
-    step: int,
-    name: str,
-    folder: Path,
-    formats: Sequence[Format] = FORMATS,
-    precision: Precision = "fp16",
-) -> list[Path]:
-    """Write and verify the adapter on `base`; returns the `.safetensors` paths.
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint of a run, on a live base."""
 
-    The first format's file is `<name>.safetensors`, with all else beside it; the other's `<name>-<format>.safetensors`.
+    run: RunFolder
+    config: RunConfig
+    base: Base
+    step: int
+    images: int
+    """Images seen up to this step."""
+
+
+def publish(
+    trained: Trained, name: str, folder: Path, formats: Sequence[Format] = FORMATS, precision: Precision = "fp16"
+) -> list[Path]:
+    """Write and verify the LoRA files; returns their paths: `<name>.safetensors` for kohya, `<name>-diffusers...`.
+
+    Card, sidecar and thumbnail stand beside the first of them.
 
     Raises:
         ExportError: if a file on disk is not the same as the trained model.
     """
-    facts = facts_of(plan, run, step, name)
+    facts, base = facts_of(trained, name), trained.base
 
     def load_fresh() -> Base:
-        return load_base(plan.base, base.dtype, base.device)
+        return load_base(base.info, dtype, device)
 
-    main, *others = formats
-    paths = [folder / f"{name}.safetensors", *(folder / f"{name}-{other}.safetensors" for other in others)]
-    export(base, paths[0], facts, load_fresh, main, precision)
-    for path, other in zip(paths[1:], others, strict=True):
-        write(base, path, other, facts, precision)
-        verify(path, base, load_fresh)
-    if grid := preview_grid(plan, run, step):
+    device, dtype = base.device, base.dtype
+    paths = []
+    for format in formats:
+        paths.append(folder / (f"{name}.safetensors" if format == "kohya" else f"{name}-{format}.safetensors"))
+        export(base, paths[-1], facts, load_fresh, format, precision)
+    write_beside(paths[0], facts, base.info)
+    if grid := preview_grid(trained):
         with atomic_file(folder / f"{name}-grid.png") as temporary:
             grid.save(temporary, "PNG")
     return paths
 
 
-def facts_of(plan: Plan, run: RunFolder, step: int, name: str) -> Facts:
-    """What is known of a run at one of its steps."""
-    records = list(read_events(run.events))
-    steps = [record for record in records if isinstance(record.event, Step) and record.event.step <= step]
-    recent = [record.event.loss for record in steps[-50:] if isinstance(record.event, Step)]
-    previews = sorted(run.samples(step).glob("*.png"))
+def facts_of(trained: Trained, name: str) -> Facts:
+    """What is known of a run at one of its steps, from what it wrote down."""
+    records = history(trained.run.events)
+    steps = [r for r in records if isinstance(r.event, Step) and r.event.step <= trained.step]
+    recent = [r.event.loss for r in steps[-_RECENT:] if isinstance(r.event, Step)]
+    plans = [r.event.plan for r in records if isinstance(r.event, PlanMade)]
+    dataset = plans[-1].get("dataset", {}) if plans else {}
+    previews = sorted(trained.run.samples(trained.step).glob("*.png"))
     return Facts(
         name=name,
-        config=plan.config,
-        folders=tuple(_folders(plan)),
-        buckets=bucket_counts(plan.examples),
-        tag_frequency=tag_frequency(plan.examples),
-        steps=step,
-        images_seen=plan.images_by_step[step - 1],
+        config=trained.config,
+        folders=tuple(FolderFacts(*values) for values in dataset.get("folders", [])),
+        buckets={(width, height): images for width, height, images in dataset.get("buckets", [])},
+        tag_frequency=dataset.get("tag_frequency", {}),
+        steps=trained.step,
+        images_seen=trained.images,
         started=records[0].time if records else None,
         finished=steps[-1].time if steps else None,
         loss=sum(recent) / len(recent) if recent else None,
@@ -75,23 +84,18 @@ def facts_of(plan: Plan, run: RunFolder, step: int, name: str) -> Facts:
     )
 
 
-def preview_grid(plan: Plan, run: RunFolder, step: int) -> Image.Image | None:
-    """The previews of the untouched base and of a step, side by side; None if one of them was not drawn."""
-    before, after = (sorted(run.samples(number).glob("*.png")) for number in (0, step))
-    if not before or len(before) != len(after):
+_RECENT = 50  # steps whose mean loss is the final loss
+
+
+def preview_grid(trained: Trained) -> Image.Image | None:
+    """The previews of the untouched base and of a step, side by side; None if they cannot be compared."""
+    before, after = trained.run.samples(0), trained.run.samples(trained.step)
+    if not drawn_like(before) or drawn_like(before) != drawn_like(after):
         return None
-    title = f"{plan.config.name}, step {step}"
-    pictures = [_open(path) for path in before], [_open(path) for path in after]
-    return before_after_grid(*pictures, plan.config.sample.prompts, title, columns=2, side=256)
-
-
-def _folders(plan: Plan) -> list[FolderFacts]:
-    """One entry for each data folder and repeat count in it."""
-    counts: dict[tuple[Path, int, str], int] = {}
-    for example in plan.examples:
-        key = (example.source.path, example.item.repeats, example.source.trigger)
-        counts[key] = counts.get(key, 0) + 1
-    return [FolderFacts(str(path), images, repeats, trigger) for (path, repeats, trigger), images in counts.items()]
+    pictures = [[_open(path) for path in sorted(folder.glob("*.png"))] for folder in (before, after)]
+    prompts = [text.split("\n")[0] for text in drawn_like(before)]
+    title = f"{trained.config.name}, step {trained.step}"
+    return before_after_grid(*pictures, prompts, title, columns=2, side=256)
 
 
 def _open(path: Path) -> Image.Image:

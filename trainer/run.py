@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +15,19 @@ from typing import Any
 import torch
 
 from .adapter import load_adapter_state, put_on
+from .bases import inspect_base
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import RunConfig
 from .configfile import read_toml, validate, write_config
 from .errors import INTERRUPTED, LorasmithError, RunError, TrainingError, UserError
 from .events import Done, Event, EventLog, Failed, Phase, Stopped
 from .export import Precision
-from .jobs import RunFolder, create_run, open_run
+from .jobs import RunFolder, create_run, is_main_process, open_run
 from .keys import Format
-from .loop import Emit, Trainer
-from .models import Base, load_base
-from .plan import Plan, make_plan
-from .publish import publish
+from .loop import DTYPES, Emit, Trainer, mixed_precision
+from .models import load_base
+from .plan import Plan, as_trained, make_plan
+from .publish import Trained, publish
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,12 @@ def train(plan: Plan, listen: Emit) -> Finished:
         TrainingError: if the run fails later; the last checkpoint stands.
     """
     run = (
-        create_run(plan.config)
-        if _is_main_process()
-        else RunFolder(Path(plan.config.runs, plan.config.name).absolute())
+        create_run(plan.config) if is_main_process() else RunFolder(Path(plan.config.runs, plan.config.name).absolute())
     )
     try:
         return _carry_out(plan, run, None, listen)
     except UserError:
-        if _is_main_process() and not run.saved_steps() and not run.owner_alive():
+        if is_main_process() and not run.owner_alive() and run.status().step == 0:
             shutil.rmtree(run.path, ignore_errors=True)
         raise
 
@@ -65,21 +64,21 @@ def resume(run: RunFolder, overrides: Sequence[str], listen: Emit) -> Finished:
     Raises:
         RunError: if there is nothing to resume, or images, captions or base have changed.
     """
-    config = _config_for_resume(run, overrides)
-    plan = make_plan(config)
+    plan = make_plan(_config_for_resume(run, overrides))
     saved = run.saved_steps()
-    if saved and saved[-1] >= plan.steps and run.status().state == "done":
-        raise RunError(
-            f"has all of its {plan.steps} steps already",
-            str(run.path),
-            f"To go on, raise the budget: lorasmith resume {run.path} --set budget.images={2 * plan.images}",
-        )
     checkpoint = load_checkpoint(run.checkpoint(saved[-1])) if saved else None
+    seen = checkpoint.state.images if checkpoint else 0
+    if seen > plan.images or (seen == plan.images and run.status().state == "done"):
+        raise RunError(
+            f"has seen {seen} images already, and budget.images is {plan.config.budget.images}",
+            str(run.path),
+            f"To go on, raise the budget: lorasmith resume {run.path} --set budget.images={2 * seen}",
+        )
     return _carry_out(plan, run, checkpoint, listen)
 
 
-def load_run(path: Path, step: int | None) -> tuple[RunFolder, Plan, Base, int]:
-    """A run's base with the adapters of a checkpoint on it; `step` None is the newest.
+def load_run(path: Path, step: int | None) -> Trained:
+    """A run's base with the adapters of a checkpoint on it; `step` None is the newest. The images are not needed.
 
     Raises:
         RunError: if there is no such checkpoint.
@@ -93,31 +92,31 @@ def load_run(path: Path, step: int | None) -> tuple[RunFolder, Plan, Base, int]:
             str(run.path),
             f"Checkpoints: {there}.",
         )
-    chosen = saved[-1] if step is None else step
-    plan = make_plan(run.read_config())
-    base = load_base(plan.base, device="cuda" if torch.cuda.is_available() else "cpu")
-    put_on(base, plan.config.adapter, plan.config.seed)
-    load_adapter_state(base, load_checkpoint(run.checkpoint(chosen)).adapter)
-    return run, plan, base, chosen
+    config = run.read_config()
+    checkpoint = load_checkpoint(run.checkpoint(saved[-1] if step is None else step))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = load_base(as_trained(inspect_base(config.base.model), config), DTYPES[mixed_precision("auto")], device)
+    put_on(base, config.adapter, config.seed)
+    load_adapter_state(base, checkpoint.adapter)
+    return Trained(run, config, base, checkpoint.state.step, checkpoint.state.images)
 
 
 def export_run(
     path: Path, step: int | None, formats: Sequence[Format], folder: Path | None, precision: Precision
 ) -> list[Path]:
     """Write and verify the files of one checkpoint; returns the `.safetensors` paths."""
-    run, plan, base, chosen = load_run(path, step)
-    name = plan.config.name if step is None else f"{plan.config.name}-step{chosen:06d}"
-    return publish(base, plan, run, chosen, name, folder or run.exports, formats, precision)
+    trained = load_run(path, step)
+    name = trained.config.name if step is None else f"{trained.config.name}-step{trained.step:06d}"
+    return publish(trained, name, folder or trained.run.exports, formats, precision)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def _carry_out(plan: Plan, run: RunFolder, checkpoint: Checkpoint | None, listen: Emit) -> Finished:
-    main = _is_main_process()
+    main = is_main_process()
     if main:
         run.take_ownership()
-        write_config(plan.config, run.config)
     log = EventLog(run.events) if main else None
 
     def emit(event: Event) -> None:
@@ -127,59 +126,81 @@ def _carry_out(plan: Plan, run: RunFolder, checkpoint: Checkpoint | None, listen
 
     try:
         with stop_on_signals() as was_interrupted:
+            # what a person has to correct shows here, before anything is begun: the run stands where it stood
             trainer = Trainer(plan, run, emit, checkpoint)
-            outcome = trainer.train(lambda: was_interrupted() or run.stop_file.exists())
-            exports: list[Path] = []
+            if main:
+                write_config(plan.config, run.config)
+            with _failures_told(run, emit):
+                outcome = trainer.train(lambda: was_interrupted() or run.stop_file.exists())
+                exports = _finish(trainer, emit) if outcome == "finished" and main else []
             if outcome == "stopped":
                 emit(Stopped(trainer.state.step))
-            elif main:
-                emit(Phase("exporting and verifying"))
-                exports = publish(trainer.base, plan, run, trainer.state.step, plan.config.name, run.exports)
-                emit(Done(trainer.state.step, [path.relative_to(run.path).as_posix() for path in exports]))
         trainer.accelerator.end_training()
         by = "" if outcome == "finished" else "signal" if was_interrupted() else "stop file"
         return Finished(run, by, exports)
-    except torch.OutOfMemoryError as error:
-        failure = TrainingError(
-            "the GPU's memory is full",
-            str(run.path),
-            "Lower budget.batch (and raise budget.accumulate), or set "
-            "runtime.gradient_checkpointing = true; then resume.",
-        )
-        emit(Failed(str(failure)))
-        raise failure from error
-    except UserError:
-        raise  # nothing was begun, so the run stands where it stood
-    except Exception as error:
-        emit(Failed(str(error) if isinstance(error, LorasmithError) else f"{type(error).__name__}: {error}"))
-        raise
     finally:
         if main:
             run.stop_file.unlink(missing_ok=True)
             run.give_up_ownership()
 
 
+def _finish(trainer: Trainer, emit: Emit) -> list[Path]:
+    """Export what was trained; the run is done when the files on disk are verified."""
+    emit(Phase("exporting and verifying"))
+    run, state = trainer.run, trainer.state
+    trained = Trained(run, trainer.config, trainer.base, state.step, state.images)
+    exports = publish(trained, trainer.config.name, run.exports)
+    emit(Done(state.step, [path.relative_to(run.path).as_posix() for path in exports]))
+    return exports
+
+
+@contextmanager
+def _failures_told(run: RunFolder, emit: Emit) -> Iterator[None]:
+    """Whatever ends the block before its time is the run's last word."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        failure = TrainingError(
+            "the GPU's memory is full",
+            str(run.path),
+            "Lower budget.batch (and raise budget.accumulate), or set runtime.gradient_checkpointing = true; "
+            "then start again under another name.",
+        )
+        emit(Failed(str(failure)))
+        raise failure from error
+    except Exception as error:
+        emit(Failed(str(error) if isinstance(error, LorasmithError) else f"{type(error).__name__}: {error}"))
+        raise
+
+
 def _config_for_resume(run: RunFolder, overrides: Sequence[str]) -> RunConfig:
     before = run.read_config()
     after = validate(read_toml(run.config), run.config.name, overrides)
     changed = _changes(before.model_dump(), after.model_dump())
-    refused = [key for key in changed if not key.startswith(("budget.images", "save.", "sample.", "runtime."))]
+    refused = [key for key in changed if not _MAY_CHANGE.match(key)]
     if refused:
         raise RunError(
             f"{', '.join(refused)} cannot change within a run",
             str(run.path),
-            "Only budget.images, save, sample and runtime can; for anything else start a new run.",
+            "Only budget.images, data.path, save, sample and runtime can; for anything else start a new run.",
         )
     return after
+
+
+_MAY_CHANGE = re.compile(r"budget\.images|data\.\d+\.path|save\.|sample\.|runtime\.")
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
     """Dotted names of the values that differ."""
     changed: list[str] = []
-    for key in before:
-        if isinstance(before[key], dict):
-            changed += _changes(before[key], after[key], f"{prefix}{key}.")
-        elif before[key] != after[key]:
+    for key, was in before.items():
+        now = after.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            changed += _changes(was, now, f"{prefix}{key}.")
+        elif key == "data" and isinstance(now, list) and len(was) == len(now):
+            tables = [{str(number): table for number, table in enumerate(tables)} for tables in (was, now)]
+            changed += _changes(*tables, prefix="data.")
+        elif was != now:
             changed.append(prefix + key)
     return changed
 
@@ -203,7 +224,3 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"

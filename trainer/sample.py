@@ -19,42 +19,51 @@ _PIXELS_AT_ONCE = 64 * 64 * 64
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Drawing:
     """How pictures are drawn, apart from their prompts."""
 
     negative_prompt: str
     seed: int
+    """The first picture's; the second's is one more, and so on."""
     steps: int
     guidance: float
     size: int
     """Side of the square picture, in pixels."""
 
     @classmethod
-    def of(cls, settings: SampleSection, size: int) -> Recipe:
+    def of(cls, settings: SampleSection, size: int) -> Drawing:
         return cls(settings.negative_prompt, settings.seed, settings.steps, settings.guidance, size)
 
+    def parameters(self, prompt: str, number: int, model: str) -> str:
+        """How picture `number` is drawn, in the form that A1111 reads."""
+        return (
+            f"{prompt}\nNegative prompt: {self.negative_prompt}\n"
+            f"Steps: {self.steps}, Sampler: DDIM, CFG scale: {self.guidance}, Seed: {self.seed + number}, "
+            f"Size: {self.size}x{self.size}, Model: {model}"
+        )
 
-def draw(base: Base, prompts: Sequence[str], recipe: Recipe) -> list[Image.Image]:
-    """One picture for each prompt, with DDIM (Song et al. 2021); picture i has the seed `recipe.seed + i`."""
-    at_once = max(1, _PIXELS_AT_ONCE // recipe.size**2)
+
+def draw(base: Base, prompts: Sequence[str], drawing: Drawing) -> list[Image.Image]:
+    """One picture for each prompt, with DDIM (Song et al. 2021); picture i has the seed `drawing.seed + i`."""
+    at_once = max(1, _PIXELS_AT_ONCE // drawing.size**2)
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), at_once):
-        seeds = range(recipe.seed + start, recipe.seed + min(start + at_once, len(prompts)))
-        pictures += _draw_together(base, prompts[start : start + at_once], seeds, recipe)
+        seeds = range(drawing.seed + start, drawing.seed + min(start + at_once, len(prompts)))
+        pictures += _draw_together(base, prompts[start : start + at_once], seeds, drawing)
     return pictures
 
 
 @torch.no_grad()
-def _draw_together(base: Base, prompts: Sequence[str], seeds: Sequence[int], recipe: Recipe) -> list[Image.Image]:
+def _draw_together(base: Base, prompts: Sequence[str], seeds: Sequence[int], drawing: Drawing) -> list[Image.Image]:
     with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
         latents = base.pipeline()(
             prompt=list(prompts),
-            negative_prompt=[recipe.negative_prompt] * len(prompts),
+            negative_prompt=[drawing.negative_prompt] * len(prompts),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            num_inference_steps=recipe.steps,
-            guidance_scale=recipe.guidance,
-            height=recipe.size,
-            width=recipe.size,
+            num_inference_steps=drawing.steps,
+            guidance_scale=drawing.guidance,
+            height=drawing.size,
+            width=drawing.size,
             output_type="latent",
         ).images
     pixels = base.decode(latents)
@@ -62,38 +71,52 @@ def _draw_together(base: Base, prompts: Sequence[str], seeds: Sequence[int], rec
     return [Image.fromarray(picture) for picture in pixels]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# previews on disk
+
+
 def save_previews(
-    folder: Path, pictures: Sequence[Image.Image], prompts: Sequence[str], recipe: Recipe, model: str, lora: str
+    folder: Path, pictures: Sequence[Image.Image], prompts: Sequence[str], drawing: Drawing, model: str, lora: str
 ) -> None:
-    """Write `00.png`, `01.png`, ...; the folder appears whole or not at all."""
+    """Write `00.png`, `01.png`, ...; the folder appears whole or not at all. `lora` is empty for the untouched base."""
     with atomic_folder(folder) as temporary:
         for number, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
-            text = preview_text(prompt, recipe, recipe.seed + number, model, lora)
+            text = _png_text(prompt, number, drawing, model, lora)
             picture.save(temporary / f"{number:02d}.png", pnginfo=text)
 
 
-def preview_text(prompt: str, recipe: Recipe, seed: int, model: str, lora: str) -> PngInfo:
-    """The PNG's text: each value by its name, and `parameters` in the form that A1111 reads."""
+def drawn_like(folder: Path) -> list[str]:
+    """How each preview of a folder was drawn, apart from its LoRA; previews that can be compared have the same."""
+    return [text.partition(_LORA)[0] for text in map(_parameters_of, sorted(folder.glob("*.png")))]
+
+
+_LORA = ", Lora: "
+
+
+def _png_text(prompt: str, number: int, drawing: Drawing, model: str, lora: str) -> PngInfo:
+    """The PNG's text: each value by its name, and all of them as A1111's `parameters`."""
     values = {
         "prompt": prompt,
-        "negative_prompt": recipe.negative_prompt,
-        "seed": str(seed),
-        "steps": str(recipe.steps),
+        "negative_prompt": drawing.negative_prompt,
+        "seed": str(drawing.seed + number),
+        "steps": str(drawing.steps),
         "sampler": "DDIM",
-        "guidance": str(recipe.guidance),
-        "size": f"{recipe.size}x{recipe.size}",
+        "guidance": str(drawing.guidance),
+        "size": f"{drawing.size}x{drawing.size}",
         "model": model,
-        "lora": lora,
+        "lora": lora or "none",
+        "parameters": drawing.parameters(prompt, number, model) + (_LORA + lora if lora else ""),
     }
-    values["parameters"] = (
-        f"{prompt}\nNegative prompt: {recipe.negative_prompt}\n"
-        f"Steps: {recipe.steps}, Sampler: DDIM, CFG scale: {recipe.guidance}, Seed: {seed}, "
-        f"Size: {recipe.size}x{recipe.size}, Model: {model}, Lora: {lora}"
-    )
     info = PngInfo()
     for name, value in values.items():
         info.add_itxt(name, value)
     return info
+
+
+def _parameters_of(file: Path) -> str:
+    with Image.open(file) as picture:
+        picture.load()
+        return str(picture.info.get("parameters", ""))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .adapter import ADAPTER, LoraModule, lora_modules, strength
-from .errors import ExportError, Problem, UserError
+from .errors import ExportError, Problem, UserError, first_line
 from .keys import Format, base_name, component_of, grammar
 from .lorafile import LEAVES, LoraFile
 from .models import Base, Conditions
@@ -106,6 +106,10 @@ def _compare(path: Path, base: Base, load_fresh: Callable[[], Base]) -> Verifica
     types = {_DTYPES[file.dtypes[key]] for key in file.shapes if key.endswith(".weight")}
     _require(weight_deviations(live, written, max(WEIGHT_TOLERANCE[t] for t in types), "in the file"))
 
+    modules = dict(Counter(module_component(name) for name in live))
+    said = live_answers(base, modules)
+    device = base.device
+    base.to("cpu")  # a GPU that just holds one base must not have to hold two
     fresh = load_fresh()
     _load(fresh, path)
     applied = named_modules(fresh, format)
@@ -114,12 +118,15 @@ def _compare(path: Path, base: Base, load_fresh: Callable[[], Base]) -> Verifica
     limit = max(WEIGHT_TOLERANCE[t] for t in types)
     _require(weight_deviations(live, applied, limit, "in a fresh pipeline"))
     tolerance = max(EFFECT_TOLERANCE[t] for t in types)
-    modules = dict(Counter(module_component(name) for name in live))
+    answers = compare_answers(fresh, said, tolerance)
+    weight_error = max(change_error(live[name], other[name]) for other in (written, applied) for name in live)
+    del fresh, applied
+    base.to(device)
     return Verification(
         modules=modules,
-        weight_error=max(change_error(live[name], other[name]) for other in (written, applied) for name in live),
+        weight_error=weight_error,
         weight_tolerance=limit,
-        answers=compare_answers(base, fresh, modules, tolerance),
+        answers=answers,
         answer_tolerance=tolerance,
     )
 
@@ -250,16 +257,29 @@ def _load(fresh: Base, path: Path) -> None:
     try:
         fresh.pipeline().load_lora_weights(folder, weight_name=path.name, adapter_name=ADAPTER)
     except (ValueError, RuntimeError, KeyError, IndexError) as error:  # what diffusers and PEFT raise on a bad file
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise _Different([f"diffusers does not load it: {first_line}"]) from error
+        raise _Different([f"diffusers does not load it: {first_line(error)}"]) from error
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a component of the live model answers to fixed inputs."""
+
+    answer: Tensor
+    whole: float
+    """Norm of the answer without the adapter."""
+    effect: float
+    """Norm of what the adapter changes in it."""
+    shown: float
+    """The same at the strength it was raised to."""
+    strength: float
 
 
 @torch.no_grad()
-def compare_answers(base: Base, fresh: Base, trained: Iterable[str], tolerance: float) -> dict[str, Answer]:
-    """Compare the trained components on fixed inputs, the same for the live and the fresh one."""
+def live_answers(base: Base, trained: Iterable[str]) -> dict[str, Said]:
+    """The answers of the trained components, at a strength at which the adapter's effect can be seen."""
     with strength(base, 0):
         plain = base.encode([PROMPT])
-    found, deviations = {}, []
+    answers = {}
     for name in trained:
         with strength(base, 0):
             without = _answer(base, name, plain)
@@ -271,14 +291,26 @@ def compare_answers(base: Base, fresh: Base, trained: Iterable[str], tolerance: 
             with strength(base, factor):
                 live = _answer(base, name, plain)
             shown = float((live - without).norm())
-        with strength(fresh, factor):
-            error = float((_answer(fresh, name, plain) - live).norm())
-        if not shown > 0:
+        answers[name] = Said(live, whole, effect, shown, factor)
+    return answers
+
+
+@torch.no_grad()
+def compare_answers(fresh: Base, said: Mapping[str, Said], tolerance: float) -> dict[str, Answer]:
+    """Compare what the fresh pipeline answers with what the live model said."""
+    with strength(fresh, 0):
+        plain = fresh.encode([PROMPT])
+    found, deviations = {}, []
+    for name, live in said.items():
+        with strength(fresh, live.strength):
+            error = float((_answer(fresh, name, plain) - live.answer).norm())
+        if not live.shown > 0:
             deviations.append(f"the adapter of {name} changes nothing in its output")
-        elif not error <= tolerance * shown + ROUNDING[base.dtype] * whole:
-            deviations.append(f"the output of {name} in a fresh pipeline is off by {error / shown:.2%} of the effect")
+        elif not error <= tolerance * live.shown + ROUNDING[fresh.dtype] * live.whole:
+            share = error / live.shown
+            deviations.append(f"the output of {name} in a fresh pipeline is off by {share:.2%} of the effect")
         else:
-            found[name] = Answer(effect / whole, error / shown, factor)
+            found[name] = Answer(live.effect / live.whole, error / live.shown, live.strength)
     _require(deviations)
     return found
 
@@ -301,6 +333,6 @@ def _prediction(base: Base, conditions: Conditions) -> Tensor:
     side = 2 * base.info.bucket_step // base.info.vae_factor
     noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)).to(base.device, base.dtype)
     pixels = side * base.info.vae_factor
-    sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], device=base.device, dtype=base.dtype)
+    sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], device=base.device, dtype=torch.float32)
     t = torch.tensor([base.scheduler.config["num_train_timesteps"] // 2], device=base.device)
     return base.family.predict(base.unet, noise, t, conditions, sizes)
