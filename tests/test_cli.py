@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -13,6 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lorasmith.configs import recipe_for
+from lorasmith.trainer.cli import for_a_person
+from lorasmith.trainer.errors import TrainingError, UserError
 from lorasmith.trainer.events import Warned
 from lorasmith.trainer.jobs import RunFolder
 
@@ -317,11 +321,74 @@ def test_a_finished_runs_name_is_refused(config: Path):
         (["inspect", "none.safetensors"], "none.safetensors"),
         (["nonsense"], "nonsense"),
         (["train"], "Missing argument"),
+        (["sample", "none", "--prompt", "x", "--seed", "99999999999999999999"], "--seed"),
+        (["sample", "none", "--prompt", "x", "--strength", "nan"], "--strength: nan is no strength"),
+        (["sample", "none", "--prompt", "x", "--strength", "inf"], "--strength: inf is no strength"),
+        (["sample", "none", "--prompt", "x", "--out", "afile/x"], "afile is a file, not a folder"),
+        (["export", "none", "--out", "afile"], "afile is a file, not a folder"),
+        (["demo", "--out", "afile"], "afile is a file, not a folder"),
+        (["init", "afile/x.toml", "--images", "."], "afile is a file, not a folder"),
+        (["ui", "--runs", "afile"], "afile is a file, not a folder"),
+        (["ui", "--port", "0"], "--port"),
+        (["ui", "--port", "65536"], "--port"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_wrong_use_is_exit_code_2(arguments: list[str], words: str, tmp_path: Path):
+    (tmp_path / "afile").touch()
     assert words in lorasmith(tmp_path, *arguments, code=2).stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["afile"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a folder that not even root can write to")
+@pytest.mark.parametrize("arguments", [["sample", "none", "--prompt", "x"], ["export", "none"], ["demo"]], ids=str)
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(arguments: list[str], tmp_path: Path):
+    done = lorasmith(tmp_path, *arguments, "--out", "/proc/x", code=2)
+    assert done.stderr.startswith("error: --out: /proc cannot be written (")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_errors_of_the_system_are_one_line_with_the_file(tmp_path: Path):
+    """A runs folder whose run.toml became a folder in the middle, a full disk, a port in use."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.toml").write_text('name = "x"\n[[data]]\npath = "p"\n', encoding="utf-8")
+    (tmp_path / "broken/events.jsonl").mkdir()
+    done = lorasmith(tmp_path, "runs", ".", code=2)
+    assert done.stderr.startswith("error: ")
+    assert "events.jsonl: cannot be read or written (" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+    full = for_a_person(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file"))
+    assert isinstance(full, UserError)
+    assert str(full).startswith(f"some/file: cannot be read or written ({os.strerror(errno.ENOSPC)}). ")
+    assert str(for_a_person(OSError("no port\n is free"))).startswith("no port is free")
+
+
+def test_a_full_gpu_is_told_with_what_helps_and_a_bug_is_not():
+    import torch
+
+    told = for_a_person(torch.OutOfMemoryError("CUDA out of memory"))
+    assert isinstance(told, TrainingError)
+    assert (told.exit_code, told.problems[0].what) == (1, "the GPU's memory is full")
+    assert "CUDA_VISIBLE_DEVICES" in told.problems[0].fix
+    assert for_a_person(RuntimeError("a bug")) is None
+
+
+@pytest.mark.parametrize(
+    ("base", "family", "recipe"),
+    [("pocket", "sd1", "demo"), ("random:sd15", "sd1", "style-sd1"), ("some/xl", "sdxl", "style-sdxl")],
+)
+def test_each_family_has_its_recipe(base: str, family: str, recipe: str):
+    assert recipe_for(base, family) == recipe
+
+
+def test_previews_can_be_switched_off_at_resume(config: Path):
+    short = ["--set", "sample.every=1", "--set", "sample.steps=1", "--set", 'sample.prompts=["a"]']
+    lorasmith(config.parent, "train", config, *short)
+    lorasmith(config.parent, "resume", "short", "--set", "sample.every=0", "--set", "budget.images=16")
+    run = RunFolder(config.parent / "runs/short")
+    assert run.status().state == "done"
+    assert run.read_config().sample.every == 0
 
 
 def test_weights_that_cannot_be_loaded_leave_no_run_behind(config: Path, tmp_path: Path):

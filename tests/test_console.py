@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from lorasmith.trainer import console
+from lorasmith.trainer.bases import POCKET
 from lorasmith.trainer.console import Reporter, length_sentence, print_plan
 from lorasmith.trainer.events import Warned
 from lorasmith.trainer.plan import make_plan
@@ -20,18 +22,12 @@ def test_codes_and_brackets_in_captions_and_names_are_shown_as_written(
     (pictures / "picture 1.txt").rename(pictures / "a [red] :cat: 1.txt")
     monkeypatch.chdir(pictures.parent)
     base = "base [blue] :dog:"
-    Path(base).symlink_to(console_pocket(), target_is_directory=True)
+    shutil.copytree(POCKET, base)
     print_plan(make_plan(short_run(name="short", base={"model": base})))
     said = capsys.readouterr().out
     assert "an :owl: [bold]in ink[/]" in said
     assert "a [red] :cat: 1.png" in said
     assert base in said.splitlines()[0]
-
-
-def console_pocket() -> Path:
-    from lorasmith.trainer.bases import POCKET
-
-    return Path(POCKET)
 
 
 def test_a_warning_is_shown_as_written(capsys: pytest.CaptureFixture[str]):

@@ -25,13 +25,15 @@ from transformers import CLIPTextConfig
 from lorasmith.trainer.adapter import ADAPTER, lora_modules, put_on, strength
 from lorasmith.trainer.architectures import ARCHITECTURES
 from lorasmith.trainer.bases import FAMILY_TITLES, BaseInfo, FamilyName, inspect_base
+from lorasmith.trainer.card import write_beside
 from lorasmith.trainer.config import AdapterSection, RunConfig
 from lorasmith.trainer.errors import ExportError, UserError
-from lorasmith.trainer.export import Facts, FolderFacts, export, inspect, tensors, verify, write
+from lorasmith.trainer.export import export, tensors, write
 from lorasmith.trainer.keys import Format, diffusers_name, grammar, kohya_name
-from lorasmith.trainer.lorafile import LoraFile
+from lorasmith.trainer.lorafile import LoraFile, inspect
+from lorasmith.trainer.metadata import Facts, FolderFacts
 from lorasmith.trainer.models import FAMILIES, Base, load_base
-from lorasmith.trainer.verify import EFFECT_TOLERANCE, WEIGHT_TOLERANCE
+from lorasmith.trainer.verify import EFFECT_TOLERANCE, WEIGHT_TOLERANCE, verify
 
 from .tiny import MAKERS
 
@@ -545,7 +547,8 @@ def test_what_is_not_known_is_left_out(folders: dict[str, Path], tmp_path: Path)
 
 def test_card_sidecar_and_picture_stand_beside_the_file(folders: dict[str, Path], tmp_path: Path):
     base = trained(folders["sdxl"])
-    export(base, tmp_path / "v1.5 style.safetensors", all_facts(), lambda: freshly(base))
+    exported = export(base, tmp_path / "v1.5 style.safetensors", all_facts(), lambda: freshly(base))
+    write_beside(exported.path, all_facts(), base.info)
     assert {path.name for path in tmp_path.iterdir()} == {
         f"v1.5 style{ending}" for ending in (".safetensors", ".md", ".json", ".png")
     }

@@ -317,8 +317,8 @@ def test_a_refused_resume_leaves_the_configuration_as_it_was(short_run, pictures
     trainer = Trainer(plan, folder, lambda event: None)
     trainer.train(lambda: trainer.state.step == 2)
     before = folder.config.read_bytes()
-    with pytest.raises(RunError, match=r"budget\.images is 4"):
-        run.resume(folder, ["budget.images=4"], lambda event: None)
+    with pytest.raises(RunError, match=r"budget\.images is 1"):
+        run.resume(folder, ["budget.images=1"], lambda event: None)
     (pictures / "picture 0.txt").write_text("another caption", encoding="utf-8")
     with pytest.raises(RunError, match="have changed"):
         run.resume(folder, ["save.every=1"], lambda event: None)
