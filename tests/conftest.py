@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
 
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.configfile import merge, validate
+
+torch.set_num_threads(1)  # models as small as these lose time to a second thread
 
 
 def draw_picture(number: int, size: tuple[int, int]) -> Image.Image:

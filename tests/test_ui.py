@@ -13,9 +13,10 @@ from gradio_client.exceptions import AppError
 
 from lorasmith.trainer.bases import POCKET
 from lorasmith.trainer.demo import STYLE
+from lorasmith.trainer.errors import UserError
 from lorasmith.trainer.events import EventLog, Failed, Sampled, Step
 from lorasmith.trainer.jobs import RunFolder
-from lorasmith.ui.app import EXAMPLE, Starts, build, losses, previews_of, sentence_of, view
+from lorasmith.ui.app import EXAMPLE, Starts, build, losses, previews_of, sentence_of, serve, view
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_with_a_run_the_page_shows_it_and_sends_its_pictures_once(tmp_path: Path
     _, _, shown, sentence, example, *parts = view(Starts(tmp_path), None, None)
     assert sentence == "**x**: interrupted at step 1 of 0, saved up to step 0"
     assert not example["visible"]
-    assert [update["visible"] for update in parts] == [True, True, True]
+    assert [update["visible"] for update in parts] == [True, True, False]
     *_, loss, previews, files = view(Starts(tmp_path), "x", shown)
     assert loss["visible"]
     assert "value" not in previews
@@ -145,6 +146,18 @@ def a_run(folder: Path, *events) -> RunFolder:
     for event in events:
         log.append(event)
     return RunFolder(folder / "x")
+
+
+def test_losses_are_numbers_even_when_there_are_none(tmp_path: Path):
+    """The plot takes a column for names if the first that it is given is empty and of no type."""
+    none = losses(RunFolder(tmp_path))
+    assert [none[column].dtype.kind for column in ("step", "loss")] == ["i", "f"]
+
+
+def test_a_port_in_use_is_told(client: Client, tmp_path: Path):
+    port = int(client.src.rstrip("/").rpartition(":")[2])
+    with pytest.raises(UserError, match=f"the port {port} is in use"):
+        serve(tmp_path, port)
 
 
 def test_the_example_is_the_run_that_the_demo_makes_first():

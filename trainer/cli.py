@@ -64,7 +64,7 @@ def for_a_person(error: Exception) -> LorasmithError | None:
         what = f"cannot be read or written ({error.strerror})"
         return UserError(what, str(error.filename), "Check its path and permissions, or choose another place.")
     if isinstance(error, OSError):
-        return UserError(error.strerror or " ".join(str(error).split()))
+        return UserError((error.strerror or " ".join(str(error).split())).rstrip("."))
     if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
         return TrainingError(
             "the GPU's memory is full",

@@ -27,7 +27,7 @@ from .score import StyleMeasure, StyleScore, colour_layout_distance, wrong_conce
 EXAMPLES = Path(__file__).parent.parent / "datasets" / "examples"
 STYLE = "blueprint"
 IN_THE_GRID = 16
-STRENGTH = 0.7
+STRENGTH = 0.8
 """At which the LoRA is shown: trained a little too far and then weakened, it keeps more of what a prompt asks for."""
 
 

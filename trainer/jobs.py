@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
@@ -235,7 +235,7 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def start_detached(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+def start_detached(arguments: list[str], log: Path) -> subprocess.Popen[Any]:
     """Run a `lorasmith` command in a process of its own, which outlives this one; what it says goes to `log`."""
     command = [sys.executable, "-m", "lorasmith.trainer.cli", *arguments]
     options: dict = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}

@@ -14,7 +14,7 @@ from ..configs import read_recipe, recipe_for
 from ..trainer.bases import inspect_base
 from ..trainer.configfile import merge, to_toml, validate
 from ..trainer.console import length_sentence
-from ..trainer.errors import LorasmithError
+from ..trainer.errors import LorasmithError, UserError
 from ..trainer.events import Sampled, Step, history
 from ..trainer.files import write_text
 from ..trainer.jobs import RunFolder, check_name_is_free, find_runs, start_detached
@@ -32,7 +32,7 @@ class Starts:
     """The processes that this page has started, by the name of their run; what each says is in `<name>.log`."""
 
     folder: Path
-    processes: dict[str, Popen[bytes]] = field(default_factory=dict)
+    processes: dict[str, Popen[Any]] = field(default_factory=dict)
     newest: str = ""
 
     def start(self, name: str, arguments: list[str]) -> None:
@@ -73,9 +73,19 @@ def build(folder: Path) -> gr.Blocks:
 
 
 def serve(folder: Path, port: int) -> None:
-    """Serve the page on this computer only, until Ctrl-C; runs go on without it."""
+    """Serve the page on this computer only, until Ctrl-C; runs go on without it.
+
+    Raises:
+        UserError: if the port is in use.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    build(folder).launch(server_name="127.0.0.1", server_port=port, allowed_paths=[str(folder.absolute())])
+    page = build(folder)
+    try:
+        page.launch(server_name="127.0.0.1", server_port=port, allowed_paths=[str(folder.absolute())])
+    except OSError as error:
+        raise UserError(
+            f"the port {port} is in use", "--port", f"Take another one: --port {port % 65535 + 1}"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,8 +134,8 @@ def _runs_tab(page: gr.Blocks, starts: Starts, news: gr.Markdown) -> None:
 def view(starts: Starts, name: str | None, before: Any) -> list[Any]:
     """News, the run picker, what is shown now, a run's sentence, the example's button, losses, previews and files.
 
-    Without a name the newest run is shown; without a run, how to make one. Pictures and files are sent again only when
-    there are new ones.
+    Without a name the newest run is shown; without a run, how to make one. What is empty is hidden; pictures and files
+    are sent again only when there are new ones.
     """
     folder, news = starts.folder, starts.news(starts.newest)
     names = [run.name for run in find_runs(folder)]
@@ -138,8 +148,9 @@ def view(starts: Starts, name: str | None, before: Any) -> list[Any]:
     run = RunFolder(folder / name)
     previews, files = previews_of(run), [str(path) for path in sorted(run.exports.glob("*.*"))]
     now = (name, len(previews), tuple(files))
-    fresh = [gr.update(value=value, visible=True) if now != before else gr.skip() for value in (previews, files)]
-    plot = gr.update(value=losses(run), visible=True)
+    fresh = [gr.update(value=v, visible=bool(v)) if now != before else gr.skip() for v in (previews, files)]
+    loss = losses(run)
+    plot = gr.update(value=loss, visible=not loss.empty)
     return [news, picker, now, sentence_of(starts, name), gr.update(visible=False), plot, *fresh]
 
 
@@ -161,7 +172,7 @@ def losses(run: RunFolder) -> pd.DataFrame:
             loss = record.event.loss
             smooth = loss if smooth is None else _SMOOTHING * smooth + (1 - _SMOOTHING) * loss
             rows += [(record.event.step, loss, "each step"), (record.event.step, smooth, "smoothed")]
-    return pd.DataFrame(rows, columns=["step", "loss", "kind"])
+    return pd.DataFrame(rows, columns=["step", "loss", "kind"]).astype({"step": int, "loss": float})
 
 
 def previews_of(run: RunFolder) -> list[tuple[str, str]]:
