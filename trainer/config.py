@@ -239,7 +239,7 @@ class RunConfig(Section):
 
 
 RATES = {"unet": "lr", "text_encoder": "text_encoder_lr"}  # what can be trained, and its learning rate
-OF_PREVIEWS = ("prompts", "negative_prompt", "seed", "steps", "guidance")
+OF_PREVIEWS = ("prompts",)  # the other settings of the section serve `lorasmith sample` as well
 NEEDS = {
     "sample.every": [f"sample.{key}" for key in OF_PREVIEWS],
     **{f"adapter.{part}": [f"optimizer.{rate}"] for part, rate in RATES.items()},

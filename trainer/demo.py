@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -109,11 +112,12 @@ def _save_grid(trained: RunFolder, before: list[Image.Image], after: list[Image.
 
 
 def _say_where(trained: RunFolder, exports: list[Path], grid: Path, folder: Path) -> None:
-    out.print(f"before and after: {grid}")
+    out.print(f"before and after: {grid}", markup=False)
     for file in exports:
-        out.print(f"LoRA: {file}")
-    out.print(f"everything else: {trained.path}")
-    out.print(f"see it in a browser: lorasmith ui --runs {folder}")
+        out.print(f"LoRA: {file}", markup=False)
+    out.print(f"everything else: {trained.path}", markup=False)
+    command = "lorasmith" if shutil.which("lorasmith") else os.path.relpath(sys.argv[0])
+    out.print(f"see it in a browser: {command} ui --runs {folder}", markup=False)
 
 
 def _free_name(folder: Path, name: str) -> str:

@@ -16,6 +16,7 @@ from ..datasets.folder import METADATA
 from .bases import BaseInfo, inspect_base
 from .config import RunConfig
 from .errors import ConfigError, LorasmithError, Problem, UserError, first_line
+from .files import user_cache, writable
 
 T = TypeVar("T")
 
@@ -65,9 +66,7 @@ class Plan:
 
     @property
     def cache(self) -> Path:
-        import platformdirs
-
-        return Path(self.config.runtime.cache or platformdirs.user_cache_dir("lorasmith", appauthor=False)).expanduser()
+        return Path(self.config.runtime.cache).expanduser() if self.config.runtime.cache else user_cache()
 
     def facts(self) -> dict[str, Any]:
         """The plan as plain values, for `--json` and `events.jsonl`."""
@@ -220,15 +219,12 @@ def check_folders(config: RunConfig) -> None:
     Raises:
         ConfigError: naming the setting.
     """
-    cache = Path(config.runtime.cache or ".").expanduser().resolve()
     written = {"runs": Path(config.runs).expanduser().resolve() / config.name}
+    cache = Path(config.runtime.cache).expanduser().resolve() if config.runtime.cache else user_cache()
     if config.runtime.cache:
         written["runtime.cache"] = cache
-        parent = next(folder for folder in (cache, *cache.parents) if folder.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise ConfigError(
-                f"{cache} cannot be written", "runtime.cache", "Choose another folder, or leave it empty."
-            )
+    if reason := writable(cache / "latents"):
+        raise ConfigError(reason, "runtime.cache", "Set it to a folder you may write to.")
     for setting, folder in written.items():
         for data in config.data:
             if folder.is_relative_to(Path(data.path).resolve()):

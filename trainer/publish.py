@@ -68,11 +68,12 @@ def facts_of(trained: Trained, name: str) -> Facts:
     recent = [r.event.loss for r in steps[-_RECENT:] if isinstance(r.event, Step)]
     plans = [r.event.plan for r in records if isinstance(r.event, PlanMade)]
     dataset = plans[-1].get("dataset", {}) if plans else {}
+    folders = dataset.get("folders", [])
     previews = sorted(trained.run.samples(trained.step).glob("*.png"))
     return Facts(
         name=name,
         config=trained.config,
-        folders=tuple(FolderFacts(*values) for values in dataset.get("folders", [])),
+        folders=tuple(FolderFacts(folder, n, repeats, trigger) for folder, n, repeats, trigger in folders),
         buckets={(width, height): images for width, height, images in dataset.get("buckets", [])},
         tag_frequency=dataset.get("tag_frequency", {}),
         steps=trained.step,

@@ -168,6 +168,14 @@ def _failures_told(run: RunFolder, emit: Emit) -> Iterator[None]:
         )
         emit(Failed(str(failure)))
         raise failure from error
+    except OSError as error:  # a full disk, a folder that was unplugged
+        failure = TrainingError(
+            f"cannot be read or written ({error.strerror or error})",
+            str(error.filename or run.path),
+            "The last checkpoint stands. Mend it, then: lorasmith resume " + str(run.path),
+        )
+        emit(Failed(str(failure)))
+        raise failure from error
     except Exception as error:
         emit(Failed(str(error) if isinstance(error, LorasmithError) else f"{type(error).__name__}: {error}"))
         raise
