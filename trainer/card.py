@@ -78,10 +78,11 @@ def _body(facts: Facts, info: BaseInfo, file: str, picture: str | None) -> list[
         parts.append(f"**Use.** {hint}")
     pipeline = "StableDiffusionXLPipeline" if info.family == "sdxl" else "StableDiffusionPipeline"
     prompt = json.dumps(f"{', '.join(facts.triggers)} a lighthouse in a storm".strip(), ensure_ascii=False)
+    embedded = "from lorasmith.trainer.bases import POCKET\n" if base == "pocket" else ""
     parts.append(
         "```python\n"
-        f"from diffusers import {pipeline}\n\n"
-        f"pipeline = {pipeline}.from_pretrained({base!r})\n"
+        f"from diffusers import {pipeline}\n{embedded}\n"
+        f"pipeline = {pipeline}.from_pretrained({'POCKET' if embedded else repr(base)})\n"
         f"pipeline.load_lora_weights('.', weight_name={file!r})\n"
         f"image = pipeline({prompt}).images[0]\n"
         "```"

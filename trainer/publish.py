@@ -93,10 +93,10 @@ def preview_grid(trained: Trained) -> Image.Image | None:
     before, after = trained.run.samples(0), trained.run.samples(trained.step)
     if not drawn_like(before) or drawn_like(before) != drawn_like(after):
         return None
-    pictures = [[_open(path) for path in sorted(folder.glob("*.png"))] for folder in (before, after)]
+    untouched, tuned = ([_open(path) for path in sorted(folder.glob("*.png"))] for folder in (before, after))
     prompts = [text.split("\n")[0] for text in drawn_like(before)]
     title = f"{trained.config.name}, step {trained.step}"
-    return before_after_grid(*pictures, prompts, title, columns=2, side=256)
+    return before_after_grid(untouched, tuned, prompts, title, columns=2, side=256)
 
 
 def _open(path: Path) -> Image.Image:
