@@ -118,15 +118,7 @@ def test_set_goes_before_the_file(config: Path):
 
 
 def test_stop_then_resume_reaches_the_end(config: Path):
-    process = subprocess.Popen(
-        [*MAIN, "train", str(config), "--set", "budget.images=4000", "--set", "save.every=0"],
-        cwd=config.parent,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    run = RunFolder(config.parent / "runs/short")
-    _wait_for_a_step(run)
+    process, run = _training(config, "budget.images=4000", "save.every=0")
     assert run.status().state == "running"
     assert "will save and stop" in lorasmith(config.parent, "stop", "short").stdout
     process.communicate()
@@ -141,15 +133,7 @@ def test_stop_then_resume_reaches_the_end(config: Path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C cannot be sent to one process on Windows")
 def test_the_first_ctrl_c_stops_and_saves(config: Path):
-    process = subprocess.Popen(
-        [*MAIN, "train", str(config), "--set", "budget.images=4000", "--set", "save.every=0"],
-        cwd=config.parent,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    run = RunFolder(config.parent / "runs/short")
-    _wait_for_a_step(run)
+    process, run = _training(config, "budget.images=4000", "save.every=0")
     process.send_signal(signal.SIGINT)
     process.communicate()
     assert process.returncode == 130
@@ -159,15 +143,7 @@ def test_the_first_ctrl_c_stops_and_saves(config: Path):
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL on Windows")
 def test_a_killed_run_says_so_and_resumes(config: Path):
-    process = subprocess.Popen(
-        [*MAIN, "train", str(config), "--set", "budget.images=120"],
-        cwd=config.parent,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    run = RunFolder(config.parent / "runs/short")
-    _wait_for_a_step(run)
+    process, run = _training(config, "budget.images=120")
     process.kill()
     process.communicate()
     status = run.status()
@@ -177,11 +153,22 @@ def test_a_killed_run_says_so_and_resumes(config: Path):
     assert run.status().state == "done"
 
 
-def _wait_for_a_step(run: RunFolder) -> None:
+def _training(config: Path, *settings: str) -> tuple[subprocess.Popen[bytes], RunFolder]:
+    """A process that trains, and has taken a step."""
+    overrides = [part for setting in settings for part in ("--set", setting)]
+    process = subprocess.Popen(
+        [*MAIN, "train", str(config), *overrides],
+        cwd=config.parent,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    run = RunFolder(config.parent / "runs/short")
     end = time.monotonic() + 240
     while run.status().step < 1:
         assert time.monotonic() < end, "no step was taken"
         time.sleep(0.1)
+    return process, run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,11 +292,11 @@ def test_a_mistake_gets_one_clear_error_and_leaves_nothing(mistake: str, command
 
 def test_a_finished_runs_name_is_refused(config: Path):
     lorasmith(config.parent, "train", config)
-    before = {path: path.stat().st_mtime_ns for path in config.parent.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in config.parent.rglob("*") if path.is_file()}
     done = lorasmith(config.parent, "train", config, code=2)
     assert "'short' is in use (done, " in done.stderr
     assert "--set name=" in done.stderr
-    assert {path: path.stat().st_mtime_ns for path in config.parent.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in config.parent.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
