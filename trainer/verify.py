@@ -32,6 +32,8 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Largest |change in the file - change in memory| / |change in memory| of a layer, in Frobenius norms. Two matrices
 # rounded to a mantissa of m bits are off by about 0.4 * 2**-m; the rest is room for products that cancel.
 WEIGHT_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# A layer whose change is a smaller share than this of its component's largest change does nothing that can be seen.
+NEGLIGIBLE = 1e-3
 # Largest |fresh - live| / |live - without adapter| of an answer, by the precision of the file and of the base.
 EFFECT_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # What arithmetic alone may change besides, as a share of the whole answer, by the precision of the base.
@@ -119,7 +121,7 @@ def _compare(path: Path, base: Base, load_fresh: Callable[[], Base]) -> Verifica
     _require(weight_deviations(live, applied, limit, "in a fresh pipeline"))
     tolerance = max(EFFECT_TOLERANCE[t] for t in types)
     answers = compare_answers(fresh, said, tolerance)
-    weight_error = max(change_error(live[name], other[name]) for other in (written, applied) for name in live)
+    weight_error = max(max(change_errors(live, other).values()) for other in (written, applied))
     del fresh, applied
     base.to(device)
     return Verification(
@@ -219,23 +221,41 @@ def tensor_deviations(
 def weight_deviations(
     live: Mapping[str, LoraModule], other: Mapping[str, LoraModule], tolerance: float, where: str
 ) -> Iterator[str]:
-    for name, lora in live.items():
-        if not (error := change_error(lora, other[name])) <= tolerance:
-            alphas = f"alpha {other[name].alpha:g} at rank {other[name].rank}, live {lora.alpha:g} at {lora.rank}"
+    for name, error in change_errors(live, other).items():
+        if not error <= tolerance:
+            mine, theirs = live[name], other[name]
+            alphas = f"alpha {theirs.alpha:g} at rank {theirs.rank}, live {mine.alpha:g} at {mine.rank}"
             yield f"{name}: its change is off by {error:.2%} {where} (allowed {tolerance:.2%}; {alphas})"
 
 
-def change_error(live: LoraModule, other: LoraModule) -> float:
-    """|other - live| / |live| of alpha / rank * up @ down, without forming the product.
+def change_errors(live: Mapping[str, LoraModule], other: Mapping[str, LoraModule]) -> dict[str, float]:
+    """|other - live| / |live| of each layer's change, alpha / rank * up @ down, in Frobenius norms.
+
+    A layer that hardly changes, next to the largest change of its component, is held against that one: its numbers
+    may be so small that fp16 keeps few of their bits, and they do nothing.
+    """
+    sizes = {name: _product_norm(*_factors(lora)) for name, lora in live.items()}
+    largest: dict[str, float] = {}
+    for name, size in sizes.items():
+        component = module_component(name)
+        largest[component] = max(largest.get(component, 0.0), size)
+    errors = {}
+    for name, size in sizes.items():
+        difference = _difference_norm(live[name], other[name])
+        scale = max(size, NEGLIGIBLE * largest[module_component(name)])
+        errors[name] = difference / scale if scale else (float("inf") if difference else 0.0)
+    return errors
+
+
+def _difference_norm(live: LoraModule, other: LoraModule) -> float:
+    """|other - live| of the changes, without forming a product.
 
     With A = [up, up'] and B = [down; down'], |A B|^2 = trace(A'A BB'), a product of matrices as small as the rank; in
     fp64 its own rounding is about 1e-8 of the norm.
     """
     up, down = _factors(live)
     other_up, other_down = _factors(other)
-    size = _product_norm(up, down)
-    difference = _product_norm(torch.cat([other_up, -up], 1), torch.cat([other_down, down], 0))
-    return difference / size if size else (float("inf") if difference else 0.0)
+    return _product_norm(torch.cat([other_up, -up], 1), torch.cat([other_down, down], 0))
 
 
 def _factors(lora: LoraModule) -> tuple[Tensor, Tensor]:
