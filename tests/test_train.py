@@ -215,6 +215,7 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path, short_run):
             adapter={"text_encoder": False},
             budget={"images": 16, "batch": 2, "accumulate": 4 // processes},
             optimizer={"text_encoder_lr": 0.0},
+            sample={"every": 2, "steps": 1, "prompts": ["emoji of owl"]},
         )
         file = tmp_path / f"{processes}.toml"
         file.write_text(to_toml(config), encoding="utf-8")

@@ -98,7 +98,7 @@ class Trainer:
         Raises:
             TrainingError: if the loss is not finite; the last checkpoint stands.
         """
-        if not self._base_was_drawn():
+        if self._agree(self.accelerator.is_main_process and not self._base_was_drawn()):
             self._sample(untouched=True)
         if self._agree(should_stop()):
             return self._stop()
@@ -120,7 +120,7 @@ class Trainer:
         return "finished"
 
     def _stop(self) -> Outcome:
-        if self.state.step not in self.run.saved_steps():
+        if self.saved_step != self.state.step:
             self._save()
         return "stopped"
 
@@ -223,6 +223,7 @@ class Trainer:
         self.denoiser, self.optimizer = self.accelerator.prepare(
             Denoiser(base, config.adapter.text_encoder), make_optimizer(config.optimizer, groups)
         )
+        self.saved_step = checkpoint.state.step if checkpoint else -1
         self.state = TrainState(dataset=self.plan.dataset_fingerprint, base=self.plan.base.identity)
         if checkpoint:
             self._restore(checkpoint)
@@ -331,6 +332,7 @@ class Trainer:
             save_checkpoint(folder, Checkpoint(self.state, adapter_state(self.base), optimizer))
             prune_checkpoints(self.run, self.config.save.keep)
             self.emit(Checkpointed(self.state.step, f"checkpoints/{folder.name}"))
+        self.saved_step = self.state.step
         self.accelerator.wait_for_everyone()
 
     def _agree(self, stop: bool) -> bool:
