@@ -62,10 +62,6 @@ class LoraModule:
     def rank(self) -> int:
         return self.down.shape[0]
 
-    def delta(self) -> Tensor:
-        """The change of the layer's weight, fp32, flattened to (out, in * kh * kw)."""
-        return self.alpha / self.rank * self.up.float().flatten(1) @ self.down.float().flatten(1)
-
 
 def trained_components(base: Base, settings: AdapterSection) -> dict[str, Any]:
     """The components that get an adapter."""
@@ -145,12 +141,7 @@ def lora_modules(component: nn.Module) -> Iterator[LoraModule]:
 
 def adapter_state(base: Base) -> dict[str, Tensor]:
     """All adapter weights as fp32 copies on the CPU: `unet.<layer>.down`, `text_encoder.<layer>.up`, ..."""
-    return {
-        f"{component}.{lora.name}.{side}": getattr(lora, side).float().cpu().clone()
-        for component, module in base.components.items()
-        for lora in lora_modules(module)
-        for side in ("down", "up")
-    }
+    return {name: tensor.float().cpu().clone() for name, tensor in _live_weights(base).items()}
 
 
 def load_adapter_state(base: Base, state: dict[str, Tensor]) -> None:
@@ -159,12 +150,7 @@ def load_adapter_state(base: Base, state: dict[str, Tensor]) -> None:
     Raises:
         TrainingError: if the saved weights are not those of this configuration.
     """
-    live = {
-        f"{component}.{lora.name}.{side}": getattr(lora, side)
-        for component, module in base.components.items()
-        for lora in lora_modules(module)
-        for side in ("down", "up")
-    }
+    live = _live_weights(base)
     shapes = {name: tuple(tensor.shape) for name, tensor in live.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in state.items()}:
         raise TrainingError(
@@ -174,6 +160,15 @@ def load_adapter_state(base: Base, state: dict[str, Tensor]) -> None:
         )
     for name, tensor in live.items():
         tensor.copy_(state[name])
+
+
+def _live_weights(base: Base) -> dict[str, Tensor]:
+    return {
+        f"{component}.{lora.name}.{side}": getattr(lora, side)
+        for component, module in base.components.items()
+        for lora in lora_modules(module)
+        for side in ("down", "up")
+    }
 
 
 @contextmanager
