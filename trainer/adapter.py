@@ -1,9 +1,9 @@
-"""LoRA adapters through PEFT: put them on, group their parameters, read them, set their strength."""
+"""What is trained, LoRA adapters (PEFT) or the base's own weights: put it on, group it, read it, set its strength."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,7 +13,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .config import AdapterSection, RunConfig, Targets
-from .errors import TrainingError
+from .errors import ConfigError, TrainingError
+from .full import interpolated, trained_weights, unfreeze
 from .models import Base
 
 ADAPTER = "default"
@@ -64,7 +65,7 @@ class LoraModule:
 
 
 def trained_components(base: Base, settings: AdapterSection) -> dict[str, Any]:
-    """The components that get an adapter."""
+    """The components that are trained."""
     return {
         name: module
         for name, module in base.components.items()
@@ -73,7 +74,14 @@ def trained_components(base: Base, settings: AdapterSection) -> dict[str, Any]:
 
 
 def put_on(base: Base, settings: AdapterSection, seed: int) -> None:
-    """Add fp32 LoRA layers to the trained components; the base stays frozen. `up` starts at zero: no effect yet."""
+    """Add fp32 LoRA layers to the trained components of a frozen base, or unfreeze their own weights; no effect yet.
+
+    Raises:
+        ConfigError: if `adapter.train_only` names a block that is not there.
+    """
+    if settings.kind == "full":
+        unfreeze(base, trained_components(base, settings), settings.train_only)
+        return
     for offset, (name, module) in enumerate(trained_components(base, settings).items()):
         targets = UNET_TARGETS if name == "unet" else TEXT_TARGETS
         with torch.random.fork_rng(devices=[]):
@@ -90,7 +98,7 @@ def put_on(base: Base, settings: AdapterSection, seed: int) -> None:
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The adapter's parameters of one component, in a fixed order."""
+    """What is trained in one component, in a fixed order."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
@@ -102,19 +110,20 @@ def parts(base: Base, config: RunConfig) -> list[Part]:
     """What is trained: modules, parameters and learning rate of each part, counted on the live model.
 
     Raises:
-        TrainingError: if a part that should be trained holds no adapter.
+        ConfigError: if a part that should be trained holds nothing that is.
     """
     found = []
     for name, module in trained_components(base, config.adapter).items():
         parameters = trained_parameters(module)
         if not parameters:
-            raise TrainingError(
-                f"no layer of {name} matches the targets {config.adapter.targets!r}",
-                "adapter.targets",
-                "Choose other targets, or switch this part off.",
+            full = config.adapter.kind == "full"
+            raise ConfigError(
+                f"no {'block' if full else 'layer'} of {name} is among those that are to be trained",
+                "adapter.train_only" if full else "adapter.targets",
+                f"Name one, or set adapter.{'unet' if name == 'unet' else 'text_encoder'} = false.",
             )
         size = sum(parameter.numel() for parameter in parameters)
-        found.append(Part(name, len(list(lora_modules(module))), size, learning_rate(config, name)))
+        found.append(Part(name, len(list(_trained_modules(module))), size, learning_rate(config, name)))
     return found
 
 
@@ -124,6 +133,16 @@ def parameter_groups(base: Base, config: RunConfig) -> list[dict]:
         {"params": trained_parameters(module), "lr": learning_rate(config, name), "name": name}
         for name, module in trained_components(base, config.adapter).items()
     ]
+
+
+def _trained_modules(component: nn.Module) -> Iterator[Any]:
+    """The adapted layers; where there are none, those whose own weights are trained."""
+    own = (m for m in component.modules() if any(p.requires_grad for p in m.parameters(recurse=False)))
+    return lora_modules(component) if has_adapters(component) else own
+
+
+def has_adapters(component: nn.Module) -> bool:
+    return next(lora_modules(component), None) is not None
 
 
 def lora_modules(component: nn.Module) -> Iterator[LoraModule]:
@@ -140,12 +159,15 @@ def lora_modules(component: nn.Module) -> Iterator[LoraModule]:
 
 
 def adapter_state(base: Base) -> dict[str, Tensor]:
-    """All adapter weights as fp32 copies on the CPU: `unet.<layer>.down`, `text_encoder.<layer>.up`, ..."""
+    """All that is trained, as fp32 copies on the CPU.
+
+    Adapters are `unet.<layer>.down`, `text_encoder.<layer>.up`, ...; the base's own weights have diffusers' names.
+    """
     return {name: tensor.float().cpu().clone() for name, tensor in _live_weights(base).items()}
 
 
 def load_adapter_state(base: Base, state: dict[str, Tensor]) -> None:
-    """Copy saved weights into adapters that are already on.
+    """Copy saved weights into what `put_on` prepared.
 
     Raises:
         TrainingError: if the saved weights are not those of this configuration.
@@ -154,7 +176,7 @@ def load_adapter_state(base: Base, state: dict[str, Tensor]) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in live.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in state.items()}:
         raise TrainingError(
-            "the saved adapter does not fit this base and configuration",
+            "the saved weights do not fit this base and configuration",
             "checkpoint",
             "Use the config.toml and the base that the run was started with.",
         )
@@ -163,17 +185,22 @@ def load_adapter_state(base: Base, state: dict[str, Tensor]) -> None:
 
 
 def _live_weights(base: Base) -> dict[str, Tensor]:
-    return {
+    adapters = {
         f"{component}.{lora.name}.{side}": getattr(lora, side)
         for component, module in base.components.items()
         for lora in lora_modules(module)
         for side in ("down", "up")
     }
+    return adapters or {name: parameter.detach() for name, parameter in trained_weights(base).items()}
 
 
 @contextmanager
 def strength(base: Base, factor: float) -> Iterator[None]:
-    """Within the block the adapters act with `factor` times their trained effect; 0 is the untouched base."""
+    """Within the block what was trained acts with `factor` times its effect; 0 is the untouched base."""
+    if not any(map(has_adapters, base.components.values())):
+        with interpolated(base, factor) if factor != 1 else nullcontext():
+            yield
+        return
     layers = [m for c in base.components.values() for m in c.modules() if isinstance(m, LoraLayer)]
     trained = [dict(layer.scaling) for layer in layers]
     for layer in layers:

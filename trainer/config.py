@@ -48,10 +48,11 @@ class DataSection(Section):
 
 
 class AdapterSection(Section):
-    """The small weights that are trained beside the frozen base."""
+    """What is trained: small weights beside the frozen base, or the base's own."""
 
-    kind: Literal["lora"] = "lora"
-    """The kind of adapter; LoRA is read by every client."""
+    kind: Literal["lora", "full"] = "lora"
+    """lora: small matrices beside frozen weights, which every client reads. full: the base's own weights are trained
+    (learning rates near 1e-5), and a whole model comes out."""
     rank: int = Field(default=16, ge=1, le=1024)
     """Width of the low-rank matrices. 16 holds a style; a larger rank copies more of the training images."""
     alpha: float = Field(default=16.0, gt=0, le=4096)
@@ -59,9 +60,12 @@ class AdapterSection(Section):
     targets: Targets = "attention"
     """Which layers get an adapter. Attention is enough for most styles; feed-forward and convolutions add texture."""
     unet: bool = True
-    """Train an adapter on the UNet."""
+    """Train the UNet."""
     text_encoder: bool = True
-    """Train adapters on the text encoder, on both of them for SDXL. Helps the trigger word take hold."""
+    """Train the text encoder, both of them for SDXL. Helps the trigger word take hold."""
+    train_only: list[str] = Field(default_factory=list)
+    """With kind "full": the blocks that are trained, such as "unet.up_blocks", "unet.*.attentions" or
+    "text_encoder.encoder.layers.11"; all others are frozen. Empty: all are trained."""
 
 
 class BudgetSection(Section):
@@ -76,22 +80,24 @@ class BudgetSection(Section):
 
 
 class OptimizerSection(Section):
-    """How the adapter's weights change."""
+    """How the trained weights change."""
 
     kind: Literal["adamw"] = "adamw"
     """The optimizer."""
     lr: float = Field(default=1e-4, ge=0, le=1)
-    """Learning rate of the UNet's adapter. 1e-4 is the usual place to start for rank 16 and alpha 16."""
+    """Learning rate of the UNet. 1e-4 is the usual start for a LoRA with alpha = rank, 1e-5 for kind "full"."""
     text_encoder_lr: float = Field(default=5e-5, ge=0, le=1)
-    """Learning rate of the text encoders' adapters; they overfit sooner, so half of the UNet's or less."""
+    """Learning rate of the text encoders; they overfit sooner, so half of the UNet's or less."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """Shape of the learning rate after the warm-up. Cosine ends near zero, which steadies the last checkpoints."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from zero."""
+    beta2: float = Field(default=0.999, gt=0, lt=1)
+    """AdamW's memory of squared gradients. 0.999 looks back over about 1000 steps; 0.99 suits short, rough runs."""
     weight_decay: float = Field(default=0.01, ge=0, le=10)
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = Field(default=1.0, ge=0, le=1e6)
-    """Gradients whose norm over all adapters is larger are scaled down to it. 0: no clipping."""
+    """Gradients whose norm over all trained weights is larger are scaled down to it. 0: no clipping."""
 
 
 class ObjectiveSection(Section):
@@ -142,7 +148,7 @@ class RuntimeSection(Section):
     """How the computer is used; it changes speed and memory, not the aim."""
 
     precision: Precision = "auto"
-    """Precision of the frozen base; adapters are always fp32. auto: bf16 or fp16 on a GPU, fp32 on a CPU."""
+    """Precision of the computation; what is trained is kept in fp32. auto: bf16 or fp16 on a GPU, fp32 on a CPU."""
     attention: Attention = "auto"
     """Attention kernels. auto: PyTorch's own (sdpa). xformers needs an NVIDIA GPU."""
     gradient_checkpointing: bool = False
@@ -184,7 +190,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def nothing_without_effect(self) -> RunConfig:
         self._switch_off_rates()
-        problems = [*self._idle_rates(), *self._idle_targets(), *self._idle_previews()]
+        problems = [*self._idle_rates(), *self._idle_of_kind(), *self._idle_targets(), *self._idle_previews()]
         if problems:
             raise ValueError(NESTED_PROBLEMS, problems)
         return self
@@ -216,6 +222,18 @@ class RunConfig(Section):
                     f"Remove it (or set it to 0), or set adapter.{part} = true.",
                 )
 
+    def _idle_of_kind(self) -> Iterator[Problem]:
+        """What belongs to the other kind. A complete file spells out the defaults as well, so these may stand."""
+        kind = self.adapter.kind
+        for key in OF_LORA if kind == "full" else OF_FULL:
+            if getattr(self.adapter, key) != AdapterSection.model_fields[key].get_default(call_default_factory=True):
+                other = "lora" if kind == "full" else "full"
+                yield Problem(
+                    f"adapter.{key}",
+                    f'has no effect, because adapter.kind is "{kind}"',
+                    f'Remove it, or set adapter.kind = "{other}".',
+                )
+
     def _idle_targets(self) -> Iterator[Problem]:
         """Text encoders have no convolutions."""
         adapter = self.adapter
@@ -239,6 +257,7 @@ class RunConfig(Section):
 
 
 RATES = {"unet": "lr", "text_encoder": "text_encoder_lr"}  # what can be trained, and its learning rate
+OF_LORA, OF_FULL = ("rank", "alpha", "targets"), ("train_only",)
 OF_PREVIEWS = ("prompts",)  # the other settings of the section serve `lorasmith sample` as well
 NEEDS = {
     "sample.every": [f"sample.{key}" for key in OF_PREVIEWS],

@@ -1,6 +1,6 @@
 """The training loop, at three zoom levels: `train`, `train_step`, `loss`.
 
-It turns a `Plan` into trained adapters on a live base, and tells what happens as events. It knows no user interface and
+It turns a `Plan` into trained weights on a live base, and tells what happens as events. It knows no user interface and
 no export format. What is random in a step depends on (seed, step) alone, so a resumed run equals an unbroken one.
 """
 
@@ -22,7 +22,7 @@ from ..datasets.cache import LatentCache, TextCache
 from ..datasets.dataset import Example
 from .adapter import adapter_state, load_adapter_state, parameter_groups, parts, put_on, strength
 from .checkpoint import Checkpoint, TrainState, prune_checkpoints, save_checkpoint
-from .config import Precision
+from .config import Precision, RunConfig
 from .errors import RunError, TrainingError
 from .events import Checkpointed, Event, Phase, PlanMade, Sampled, Step, Warned
 from .jobs import RunFolder
@@ -65,7 +65,7 @@ class Denoiser(nn.Module):
 
 
 class Trainer:
-    """One run: its base, adapters, optimizer and state."""
+    """One run: its base, what is trained of it, optimizer and state."""
 
     def __init__(self, plan: Plan, run: RunFolder, emit: Emit, checkpoint: Checkpoint | None = None) -> None:
         self.plan, self.config, self.run, self.emit = plan, plan.config, run, emit
@@ -83,10 +83,12 @@ class Trainer:
             )
         self.skipped = 0
         emit(Phase("loading the base"))
-        self.base = load_base(plan.base, DTYPES[precision], self.accelerator.device)
+        self.base = load_base(plan.base, base_dtype(self.config, precision), self.accelerator.device)
+        put_on(self.base, self.config.adapter, self.config.seed)
+        self.parts = parts(self.base, self.config)
         self._warn_of_cut_captions()
         self._fill_caches()
-        self._put_on_adapters(checkpoint)
+        self._prepare(checkpoint)
         self.drawing = Drawing.of(self.config.sample, plan.base.resolution)
         self.alphas_cumprod: Tensor = self.base.scheduler.alphas_cumprod.float()
 
@@ -204,9 +206,8 @@ class Trainer:
     def _progress(self, name: str) -> Callable[[int, int], None]:
         return lambda done, total: self.emit(Phase(name, done, total))
 
-    def _put_on_adapters(self, checkpoint: Checkpoint | None) -> None:
+    def _prepare(self, checkpoint: Checkpoint | None) -> None:
         config, base = self.config, self.base
-        put_on(base, config.adapter, config.seed)
         if config.runtime.attention == "xformers":
             base.unet.enable_xformers_memory_efficient_attention()
         if config.runtime.gradient_checkpointing:
@@ -228,7 +229,7 @@ class Trainer:
         if checkpoint:
             self._restore(checkpoint)
         facts = self.plan.facts() | {"dataset": self.plan.dataset_facts()}
-        self.emit(PlanMade(self.plan.steps, self.plan.images, facts, [asdict(p) for p in parts(base, config)]))
+        self.emit(PlanMade(self.plan.steps, self.plan.images, facts, [asdict(part) for part in self.parts]))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         saved, images_by_step = checkpoint.state, [0, *self.plan.images_by_step]
@@ -310,7 +311,7 @@ class Trainer:
             return
         if self.accelerator.is_main_process:
             self.emit(Phase("drawing previews"))
-            with strength(self.base, 0) if untouched else nullcontext():
+            with strength(self.base, 0) if untouched and self.state.step else nullcontext():
                 pictures = draw(self.base, settings.prompts, self.drawing)
             model, lora = self.plan.base.short_name, "" if untouched else f"{self.config.name} step {step}"
             save_previews(self.run.samples(step), pictures, settings.prompts, self.drawing, model, lora)
@@ -358,6 +359,11 @@ def drop_captions(examples: list[Example], generator: torch.Generator) -> list[s
         "" if draw < example.source.caption_dropout else example.caption
         for example, draw in zip(examples, draws, strict=True)
     ]
+
+
+def base_dtype(config: RunConfig, precision: MixedPrecision) -> torch.dtype:
+    """What the base's weights are kept in. fp32 if they are trained: below it, small changes would be lost."""
+    return torch.float32 if config.adapter.kind == "full" else DTYPES[precision]
 
 
 def mixed_precision(setting: Precision) -> MixedPrecision:

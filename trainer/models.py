@@ -50,7 +50,7 @@ class Family:
     text_encoder_classes: ClassVar[dict[str, Any]] = {"text_encoder": CLIPTextModel}
 
     def unread_layers(self, component: str, module: Any) -> str | None:
-        """A pattern of the layers whose output is never read, so that an adapter there could not learn; None: none."""
+        """A pattern of the layers and weights whose output is never read, so that they could not learn; None: none."""
         del component, module
         return None
 
@@ -77,10 +77,10 @@ class FamilyXL(Family):
     }
 
     def unread_layers(self, component: str, module: Any) -> str | None:
-        """The first text encoder's last layer: only the layer before it is read."""
+        """The first text encoder's last layer and norm: only the layer before them is read."""
         if component != "text_encoder":
             return None
-        return rf".*encoder\.layers\.{module.config.num_hidden_layers - 1}\..*"
+        return rf".*(encoder\.layers\.{module.config.num_hidden_layers - 1}\.|final_layer_norm\.).*"
 
     def encode(self, text_encoders: Sequence[nn.Module], ids: Sequence[Tensor]) -> Conditions:
         outputs = [encoder(i, output_hidden_states=True) for encoder, i in zip(text_encoders, ids, strict=True)]
@@ -119,7 +119,7 @@ class Base:
 
     @property
     def components(self) -> dict[str, Any]:
-        """What can carry an adapter, by the names diffusers gives them."""
+        """What can be trained, by the names diffusers gives them."""
         return {"unet": self.unet, **self.text_encoders}
 
     @property

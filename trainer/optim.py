@@ -14,7 +14,7 @@ Schedule = Literal["constant", "cosine", "linear"]
 
 def make_optimizer(settings: OptimizerSection, groups: list[dict]) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) over parameter groups, each with its own learning rate."""
-    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(groups, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay, fused=True)
 
 
 def schedule_factor(schedule: Schedule, step: int, steps: int, warmup: float) -> float:

@@ -23,6 +23,7 @@ T = TypeVar("T")
 PREVIEWS_BY_DEFAULT = 4
 _MUCH_ENLARGED = 1.5
 _MUCH_CROPPED = 0.25
+_TWINS_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -119,16 +120,22 @@ class Plan:
             yield f"{_images(len(cropped))} lose over {_MUCH_CROPPED:.0%} of their area to the crop: {_names(cropped)}."
         if self.images < len(self.examples):
             yield f"the budget of {self.images} images is too small to show each of the {len(self.examples)} once."
-        seen: dict[str, Example] = {}
-        for example in self.examples:
-            if example.item.sha256 in seen:
-                yield f"{example.name} is the same file as {seen[example.item.sha256].name}; it counts twice."
-            seen.setdefault(example.item.sha256, example)
+        yield from self._warnings_of_twins()
         named = [example for example in self.examples if example.item.source == "folder name"]
         if named:
             yield f"{_images(len(named))} have no caption but their folder's name: {_names(named)}."
         if self.base.prediction != self.prediction_of_base:
             yield f"objective.prediction is {self.base.prediction}, but the base says {self.prediction_of_base}."
+
+    def _warnings_of_twins(self) -> Iterator[str]:
+        """Files that are there more than once: an oversight, or one picture with several captions."""
+        first: dict[str, Example] = {}
+        twins = [(e, f) for e in self.examples if (f := first.setdefault(e.item.sha256, e)) is not e]
+        if len(twins) > _TWINS_NAMED:
+            yield f"{_images(len(twins))} are the same files as others and count again: {_names([e for e, _ in twins])}."
+            return
+        for example, original in twins:
+            yield f"{example.name} is the same file as {original.name}; it counts twice."
 
 
 def make_plan(config: RunConfig) -> Plan:

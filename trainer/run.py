@@ -24,7 +24,7 @@ from .events import Done, Event, EventLog, Failed, Phase, Stopped
 from .export import Precision
 from .jobs import RunFolder, create_run, is_main_process, open_run
 from .keys import Format
-from .loop import DTYPES, Emit, Trainer, mixed_precision
+from .loop import Emit, Trainer, base_dtype, mixed_precision
 from .models import load_base
 from .plan import Plan, as_trained, make_plan
 from .publish import Trained, publish
@@ -95,7 +95,8 @@ def load_run(path: Path, step: int | None) -> Trained:
     config = run.read_config()
     checkpoint = load_checkpoint(run.checkpoint(saved[-1] if step is None else step))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = load_base(as_trained(inspect_base(config.base.model), config), DTYPES[mixed_precision("auto")], device)
+    dtype = base_dtype(config, mixed_precision("auto"))
+    base = load_base(as_trained(inspect_base(config.base.model), config), dtype, device)
     put_on(base, config.adapter, config.seed)
     load_adapter_state(base, checkpoint.adapter)
     return Trained(run, config, base, checkpoint.state.step, checkpoint.state.images)

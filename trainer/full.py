@@ -1,0 +1,94 @@
+"""Full fine-tuning: the base's own weights are trained, all of them or those of some blocks; the rest stays frozen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import ConfigError, Problem
+from .models import Base, load_base
+
+
+def unfreeze(base: Base, components: Mapping[str, Any], train_only: Sequence[str]) -> None:
+    """Let the weights of `components` be trained; with `train_only`, those of the named blocks.
+
+    A name is a path as diffusers and transformers have it, after the component's name: `unet.up_blocks.1`,
+    `text_encoder.encoder.layers`. A `*` stands for any one piece: `unet.*.attentions`.
+
+    Raises:
+        ConfigError: for every name that matches nothing.
+    """
+    idle = set(train_only)
+    for component, module in components.items():
+        unread = base.family.unread_layers(component, module)
+        for name, parameter in module.named_parameters():
+            if unread and re.fullmatch(unread, name):
+                continue
+            path = path_of(component, name)
+            chosen = [block for block in train_only if lies_in(path, block)]
+            idle -= set(chosen)
+            parameter.requires_grad_(not train_only or bool(chosen))
+    if idle:
+        fix = f"Blocks are: {', '.join(blocks(components))}."
+        unknown = [block for block in train_only if block in idle]
+        raise ConfigError.of(
+            Problem("adapter.train_only", f"{block} is no block of what is trained", fix) for block in unknown
+        )
+
+
+def path_of(component: str, name: str) -> str:
+    """A parameter's path as people write it; transformers has a `text_model.` in it in some versions only."""
+    return f"{component}.{name.removeprefix('text_model.')}"
+
+
+def lies_in(path: str, block: str) -> bool:
+    """Whether a parameter's path begins with a block's pieces, of which each may be a pattern."""
+    pieces, patterns = path.split("."), block.split(".")
+    return len(patterns) <= len(pieces) and all(map(fnmatchcase, pieces, patterns))
+
+
+def blocks(components: Mapping[str, nn.Module]) -> list[str]:
+    """The blocks that can be named, without what is inside them: `unet.conv_in`, `unet.down_blocks.0`, ..."""
+    paths = [
+        path_of(component, name) for component, module in components.items() for name, _ in module.named_parameters()
+    ]
+    return list(dict.fromkeys(re.sub(r"^(\w+\.(?:encoder\.layers|\w+)(?:\.\d+)?).*", r"\1", path) for path in paths))
+
+
+def trained_weights(base: Base) -> dict[str, nn.Parameter]:
+    """The weights that are trained, by component and diffusers' name."""
+    return {
+        f"{component}.{name}": parameter
+        for component, module in base.components.items()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@contextmanager
+def interpolated(base: Base, factor: float) -> Iterator[None]:
+    """Within the block the trained weights are (1 - factor) x the base's + factor x their own; 0 is the untouched base.
+
+    Interpolation of original and tuned weights (Wortsman et al. 2022, https://arxiv.org/abs/2109.01903). The original
+    is read from disk, because a second copy in memory would burden every run that never asks for it.
+    """
+    live, tuned = trained_weights(base), {}
+    original = {
+        f"{c}.{n}": p for c, module in load_base(base.info).components.items() for n, p in module.named_parameters()
+    }
+    try:
+        with torch.no_grad():
+            for name, parameter in live.items():
+                tuned[name] = parameter.detach().cpu().clone()
+                parameter.copy_(torch.lerp(original[name], tuned[name].float(), factor))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in tuned.items():
+                live[name].copy_(weight)

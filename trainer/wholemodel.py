@@ -1,0 +1,247 @@
+"""Files of a whole model: one `.safetensors` that clients read as a checkpoint, or a diffusers folder.
+
+Either is read back before it takes its name. A checkpoint file also holds the configurations of its parts, under
+`lorasmith.components` in its metadata, because names and shapes do not tell them all; so `unpack` gives the same model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from .bases import POCKET, FamilyName
+from .errors import BaseModelError, ExportError, UserError
+from .export import _DTYPES, Precision
+from .files import atomic_file, atomic_folder
+from .ldm import from_ldm, to_ldm, with_text_model
+from .lorafile import LoraFile
+from .metadata import _ARCHITECTURES
+from .models import FAMILIES, Base
+
+COMPONENTS = "lorasmith.components"
+
+Weights = dict[str, dict[str, Tensor]]
+"""By component and by the names that diffusers gives them on disk."""
+Configs = dict[str, dict[str, Any]]
+"""By component; those of tokenizers are `model_max_length` and `pad_token`."""
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """What the header of a checkpoint file says of its model."""
+
+    path: Path
+    family: FamilyName
+    configs: Configs
+
+
+def save_checkpoint_file(base: Base, path: Path, precision: Precision = "fp16") -> None:
+    """Write UNet, VAE and text encoders to one file in LDM's names, read it back, and only then give it its name.
+
+    Raises:
+        ExportError: if an adapter is on, a weight is not finite or has no place in such a file, or what was read back
+            is not the same.
+    """
+    if path.suffix != ".safetensors":
+        raise UserError("does not end in .safetensors", str(path), "Clients go by the ending: add it.")
+    family, configs, weights = base.info.family, _configs(base), _weights(base, precision)
+    own = CLIPTokenizer.from_pretrained(POCKET / "tokenizer").get_vocab()
+    for name, tokenizer in _tokenizers(base).items():
+        if tokenizer.get_vocab() != own:
+            raise ExportError("is not CLIP's own, which clients use", name, "Save a diffusers folder.")
+    shapes = configs["unet"], configs["vae"]
+    header = _modelspec(base, path.stem) | {COMPONENTS: json.dumps({"family": family, **configs}, allow_nan=False)}
+    with atomic_file(path) as temporary:
+        save_file(to_ldm(family, weights, *shapes), temporary, header)
+        _require_same(from_ldm(family, load_file(temporary), *shapes), weights)
+
+
+def save_model_folder(base: Base, folder: Path, precision: Precision = "fp16") -> None:
+    """Write a diffusers folder that `from_pretrained` loads, read it back, and only then give it its name.
+
+    Raises:
+        ExportError: if an adapter is on, a weight is not finite, or what was read back is not the same.
+        UserError: if the folder holds anything but an earlier model.
+    """
+    _write_folder(folder, base.info.family, _configs(base), _weights(base, precision), _tokenizers(base))
+
+
+def read_checkpoint_file(path: Path) -> CheckpointFile:
+    """Read the header of a file of `save_checkpoint_file`.
+
+    Raises:
+        UserError: if it is not a whole safetensors file.
+        BaseModelError: if it does not hold the configurations of its parts.
+    """
+    text = LoraFile.open(path).metadata.get(COMPONENTS)
+    if text is None:
+        what = f"does not hold the configurations of its parts (no {COMPONENTS} in its metadata)"
+        fix = "Convert it with diffusers: StableDiffusionPipeline.from_single_file(...).save_pretrained"
+        raise BaseModelError(what, str(path), fix)
+    try:
+        configs = json.loads(text)
+        family = configs.pop("family")
+        lacking = {*_classes(family), *_tokenizer_names(family)} ^ configs.keys()
+        if lacking or not all(isinstance(config, dict) for config in configs.values()):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise BaseModelError(f"{COMPONENTS} in its metadata is damaged", str(path), _AGAIN) from None
+    return CheckpointFile(path, family, configs)
+
+
+def unpack(path: Path, folder: Path) -> CheckpointFile:
+    """Turn a file of `save_checkpoint_file` into the diffusers folder of the same model, in the file's precision.
+
+    Names are checked here; that all weights are there in the right shapes, `load_base` checks.
+
+    Raises:
+        UserError: if it is not a whole safetensors file, or the folder holds anything but an earlier model.
+        BaseModelError: if it holds what is no part of the model that it says.
+    """
+    file = read_checkpoint_file(path)
+    tokenizers = {name: _clip_tokenizer(path, file.configs[name]) for name in _tokenizer_names(file.family)}
+    weights = from_ldm(file.family, load_file(path), file.configs["unet"], file.configs["vae"])
+    _write_folder(folder, file.family, file.configs, weights, tokenizers)
+    return file
+
+
+_AGAIN = "Copy or download it again."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a model is made of
+
+
+def _weights(base: Base, precision: Precision) -> Weights:
+    """All weights as they are written: on the CPU, contiguous and finite."""
+    weights: Weights = {}
+    for component, module in (*base.components.items(), ("vae", base.vae)):
+        own = {key: tensor for key, tensor in module.state_dict().items() if not key.endswith("position_ids")}
+        for key, tensor in own.items():
+            where = f"{component}.{key}"
+            if "lora_" in key or "base_layer" in key:
+                raise ExportError("belongs to an adapter", where, "Merge the adapter and take it off, or export it.")
+            own[key] = tensor = tensor.detach().to("cpu", _DTYPES[precision]).contiguous()
+            if not tensor.isfinite().all():
+                kind = "holds NaN" if tensor.isnan().any() else f"is beyond the range of {precision}"
+                raise ExportError(kind, where, "Export an earlier checkpoint; train with a lower learning rate.")
+        weights[component] = with_text_model(own) if component in base.text_encoders else own
+    return weights
+
+
+def _configs(base: Base) -> Configs:
+    parts = {"unet": base.unet, "vae": base.vae, "scheduler": base.scheduler}
+    configs: Configs = {name: json.loads(part.to_json_string()) for name, part in parts.items()}
+    for name, encoder in base.text_encoders.items():
+        # transformers 5 loads in the `dtype` that stands here, where diffusers loads the UNet in float32, whatever the
+        # files hold; a plain `from_pretrained` would get parts that do not fit together.
+        fixed = {"architectures": [type(encoder).__name__], "dtype": "float32"}
+        configs[name] = json.loads(encoder.config.to_json_string()) | fixed
+    for config in configs.values():
+        config.pop("_name_or_path", None)  # a path of this computer
+    for name, tokenizer in _tokenizers(base).items():
+        configs[name] = {"model_max_length": tokenizer.model_max_length, "pad_token": tokenizer.pad_token}
+    return configs
+
+
+def _modelspec(base: Base, title: str) -> dict[str, str]:
+    """ModelSpec 1.0.0: https://github.com/Stability-AI/ModelSpec."""
+    info, v = base.info, base.info.prediction == "v_prediction"
+    known = {
+        "sai_model_spec": "1.0.0",
+        "architecture": "stable-diffusion-v2-768-v" if info.family == "sd2" and v else _ARCHITECTURES[info.family],
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "title": title,
+        "resolution": f"{info.resolution}x{info.resolution}",
+        "prediction_type": "v" if v else "epsilon",
+    }
+    return {"format": "pt", **{f"modelspec.{key}": value for key, value in known.items()}}
+
+
+def _classes(family: FamilyName) -> dict[str, tuple[str, str]]:
+    """(library, class) of each component but the tokenizers."""
+    encoders = {name: ("transformers", kind.__name__) for name, kind in FAMILIES[family].text_encoder_classes.items()}
+    parts = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "DDIMScheduler"}
+    return {name: ("diffusers", kind) for name, kind in parts.items()} | encoders
+
+
+def _tokenizer_names(family: FamilyName) -> list[str]:
+    return [name.replace("text_encoder", "tokenizer") for name in FAMILIES[family].text_encoder_classes]
+
+
+def _tokenizers(base: Base) -> dict[str, CLIPTokenizer]:
+    return dict(zip(_tokenizer_names(base.info.family), base.tokenizers, strict=True))
+
+
+def _clip_tokenizer(path: Path, settings: Mapping[str, Any]) -> CLIPTokenizer:
+    """CLIP's own tokenizer. How it pads matters: OpenCLIP's text encoders were trained on `!` there."""
+    length, pad = settings.get("model_max_length"), settings.get("pad_token")
+    plain = CLIPTokenizer.from_pretrained(POCKET / "tokenizer")
+    if not isinstance(length, int) or length < 1 or not isinstance(pad, str) or pad not in plain.get_vocab():
+        raise BaseModelError(f"its tokenizer cannot be {dict(settings)}", str(path), _AGAIN)
+    return CLIPTokenizer.from_pretrained(POCKET / "tokenizer", model_max_length=length, pad_token=pad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# folders
+
+
+def _write_folder(
+    folder: Path, family: FamilyName, configs: Configs, weights: Weights, tokenizers: Mapping[str, CLIPTokenizer]
+) -> None:
+    if folder.exists() and not (folder / "model_index.json").is_file() and any(folder.iterdir()):
+        raise UserError("is there, and holds no model", str(folder), "Name another folder.")
+    with atomic_folder(folder) as temporary:
+        _write_json(temporary / "model_index.json", _model_index(family))
+        for name, (library, _) in _classes(family).items():
+            (temporary / name).mkdir()
+            config = "scheduler_config.json" if name == "scheduler" else "config.json"
+            _write_json(temporary / name / config, configs[name])
+            if name in weights:
+                file = temporary / name / _WEIGHT_FILES[library]
+                save_file(weights[name], file, {"format": "pt"})
+                _require_same({name: load_file(file)}, {name: weights[name]})
+        for name, tokenizer in tokenizers.items():
+            tokenizer.save_pretrained(temporary / name)
+            tokenizer.backend_tokenizer.model.save(str(temporary / name))  # the files that transformers 4 reads
+
+
+_WEIGHT_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
+
+
+def _model_index(family: FamilyName) -> dict[str, Any]:
+    none = (None, None)
+    own = {"safety_checker": none, "requires_safety_checker": False}
+    return {
+        "_class_name": FAMILIES[family].pipeline_class.__name__,
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": none,
+        "image_encoder": none,
+        **({"force_zeros_for_empty_prompt": True} if family == "sdxl" else own),
+        **_classes(family),
+        **dict.fromkeys(_tokenizer_names(family), ("transformers", "CLIPTokenizer")),
+    }
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
+
+
+def _require_same(read: Weights, written: Weights) -> None:
+    """What is read lies in the file as long as it is held, and Windows renames no open file: so hold it only here."""
+    for component, weights in written.items():
+        odd = read[component].keys() ^ weights.keys()
+        for key in weights.keys() - odd:
+            found, meant = read[component][key], weights[key]
+            odd |= set() if found.dtype == meant.dtype and torch.equal(found, meant) else {key}
+        if odd:
+            raise ExportError("was not read back as it was written", f"{component}.{min(odd)}", "Save it again.")
