@@ -29,8 +29,9 @@ def write_beside(file: Path, facts: Facts, info: BaseInfo) -> list[Path]:
 
 def sidecar_of(facts: Facts, info: BaseInfo) -> dict[str, Any]:
     """What A1111's and Forge's pages of extra networks show and insert."""
+    what = "A fine-tuned" if is_whole_model(facts) else "A style LoRA for"
     return {
-        "description": facts.description or f"A style LoRA for {FAMILY_TITLES[info.family]}.",
+        "description": facts.description or f"{what} {FAMILY_TITLES[info.family]}.",
         "sd version": _SIDECAR_VERSIONS[info.family],
         "activation text": ", ".join(facts.triggers),
         "preferred weight": 1.0,
@@ -49,17 +50,23 @@ def front_matter(facts: Facts, info: BaseInfo, picture: str | None) -> dict[str,
     """https://huggingface.co/docs/hub/model-cards: what is not known is left out."""
     kind = "stable-diffusion-xl" if info.family == "sdxl" else "stable-diffusion"
     prompt = next(iter(facts.triggers), facts.name)
+    of_lora = [] if is_whole_model(facts) else ["lora", "template:sd-lora"]
     known = {
         "license": license_of(facts, info),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "base_model": hub_id(info),
-        "base_model_relation": "adapter" if hub_id(info) else None,
+        "base_model_relation": ("finetune" if is_whole_model(facts) else "adapter") if hub_id(info) else None,
         "instance_prompt": next(iter(facts.triggers), None),
-        "tags": ["text-to-image", "diffusers", "lora", "template:sd-lora", kind, f"{kind}-diffusers"],
+        "tags": ["text-to-image", "diffusers", *of_lora, kind, f"{kind}-diffusers"],
         "widget": [{"text": prompt, "output": {"url": picture}}] if picture else None,
     }
     return {key: value for key, value in known.items() if value}
+
+
+def is_whole_model(facts: Facts) -> bool:
+    """Whether the base's own weights were trained, so that the file is a whole model and no LoRA."""
+    return facts.config is not None and facts.config.adapter.kind == "full"
 
 
 def hub_id(info: BaseInfo) -> str | None:
@@ -73,17 +80,22 @@ def _body(facts: Facts, info: BaseInfo, file: str, picture: str | None) -> list[
     parts = [f"# {facts.name}"]
     if picture:
         parts.append("<Gallery />")
-    parts.append(facts.description or f"A style LoRA for {FAMILY_TITLES[info.family]}, trained on `{base}`.")
+    what = "All or some weights of" if is_whole_model(facts) else "A style LoRA for"
+    parts.append(facts.description or f"{what} {FAMILY_TITLES[info.family]}, trained on `{base}`.")
     if hint := usage_hint(facts, info):
         parts.append(f"**Use.** {hint}")
     pipeline = "StableDiffusionXLPipeline" if info.family == "sdxl" else "StableDiffusionPipeline"
     prompt = json.dumps(f"{', '.join(facts.triggers)} a lighthouse in a storm".strip(), ensure_ascii=False)
-    embedded = "from lorasmith.trainer.bases import POCKET\n" if base == "pocket" else ""
+    embedded = "from lorasmith.trainer.bases import POCKET\n" if base == "pocket" and not is_whole_model(facts) else ""
+    load = f"pipeline.load_lora_weights('.', weight_name={file!r})\n"
+    source = "POCKET" if embedded else repr(base)
+    if is_whole_model(facts):
+        load, source = "", repr(file.removesuffix(".safetensors").removesuffix("-diffusers") + "-diffusers")
     parts.append(
         "```python\n"
         f"from diffusers import {pipeline}\n{embedded}\n"
-        f"pipeline = {pipeline}.from_pretrained({'POCKET' if embedded else repr(base)})\n"
-        f"pipeline.load_lora_weights('.', weight_name={file!r})\n"
+        f"pipeline = {pipeline}.from_pretrained({source})\n"
+        f"{load}"
         f"image = pipeline({prompt}).images[0]\n"
         "```"
     )
@@ -96,13 +108,14 @@ def _body(facts: Facts, info: BaseInfo, file: str, picture: str | None) -> list[
 
 
 def _training(facts: Facts) -> list[tuple[str, str]]:
-    config = facts.config
+    config, whole = facts.config, is_whole_model(facts)
     rows = [
         ("images", sum(folder.images for folder in facts.folders) or None),
         ("images seen", facts.images_seen),
         ("steps", facts.steps),
-        ("rank, alpha", f"{config.adapter.rank}, {config.adapter.alpha:g}" if config else None),
-        ("layers", config.adapter.targets if config else None),
+        ("rank, alpha", f"{config.adapter.rank}, {config.adapter.alpha:g}" if config and not whole else None),
+        ("layers", config.adapter.targets if config and not whole else None),
+        ("weights", ", ".join(config.adapter.train_only) or "all" if config and whole else None),
         ("learning rate", f"{config.optimizer.lr:g}" if config and config.adapter.unet else None),
         (
             "text encoder rate",

@@ -19,8 +19,8 @@ from .errors import INTERRUPTED, ConfigError, LorasmithError, TrainingError, Use
 
 if TYPE_CHECKING:
     from .config import RunConfig
-    from .keys import Format
     from .plan import Plan
+    from .publish import Format
     from .run import Finished
 
 app = typer.Typer(
@@ -290,24 +290,56 @@ def export(
     path: RunPath,
     step: Annotated[int | None, typer.Option(help="The checkpoint; the newest if not given.")] = None,
     format_: Annotated[
-        str, typer.Option("--format", help="kohya, diffusers, or both with a comma.")
-    ] = "kohya,diffusers",
+        str, typer.Option("--format", help="kohya or diffusers; of a whole model, ldm or diffusers; all if not given.")
+    ] = "",
     precision: Annotated[Literal["fp16", "bf16", "fp32"], typer.Option(help="Precision of the file.")] = "fp16",
     out: Annotated[Path | None, typer.Option(help="The folder; the run's exports/ if not given.")] = None,
 ) -> None:
-    """Write the LoRA file to share, load it back, and compare it with the trained model."""
+    """Write the files to share, load them back, and compare them with the trained model."""
     if out:
         _refuse_unwritable(out, "--out")
 
+    from .jobs import open_run
     from .publish import FORMATS
     from .run import export_run
 
-    wanted = [name.strip() for name in format_.split(",")]
-    formats: list[Format] = [name for name in FORMATS if name in wanted]
-    if unknown := [name for name in wanted if name not in FORMATS]:
-        raise UserError(f"there is no format {unknown[0]!r}", "--format", f"Formats: {', '.join(FORMATS)}.")
+    there = FORMATS[open_run(path).read_config().adapter.kind]
+    wanted = [name.strip() for name in format_.split(",")] if format_ else list(there)
+    formats: list[Format] = [name for name in there if name in wanted]
+    if unknown := [name for name in wanted if name not in there]:
+        raise UserError(f"there is no format {unknown[0]!r} of this run", "--format", f"Formats: {', '.join(there)}.")
     for file in export_run(path, step, formats, out, precision):
         typer.echo(file)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="A base as in base.model, or a .safetensors file made by this command.")
+    ],
+    target: Annotated[Path, typer.Argument(help="A new .safetensors file, or a new folder for diffusers.")],
+    precision: Annotated[
+        Literal["fp16", "bf16", "fp32"], typer.Option(help="Precision of a file that is made.")
+    ] = "fp16",
+) -> None:
+    """A whole model as one file in the original layout (LDM), which clients call a checkpoint; or back to a folder."""
+    if target.exists():
+        raise UserError("exists already", str(target), "Choose another name.")
+    _refuse_unwritable(target.parent, str(target))
+    to_file, from_file = target.suffix == ".safetensors", source.endswith(".safetensors")
+    if to_file == from_file:
+        fix = "Give one .safetensors file, and a folder or base as the other."
+        raise UserError("source and target are of the same kind", f"{source} {target}", fix)
+
+    from .bases import inspect_base
+    from .models import load_base
+    from .wholemodel import save_checkpoint_file, unpack
+
+    if to_file:
+        save_checkpoint_file(load_base(inspect_base(source)), target, precision)
+    else:
+        unpack(Path(source), target)
+    typer.echo(target)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .config import AdapterSection
 from .events import Checkpointed, Done, Event, Phase, PlanMade, Sampled, Step, Stopped, Warned
 from .plan import Plan
 
@@ -108,6 +109,16 @@ def length_sentence(plan: Plan) -> str:
     )
 
 
+def what_is_trained(adapter: AdapterSection) -> str:
+    """The kind of training in a line."""
+    parts = " and ".join(name for name in ("unet", "text_encoder") if getattr(adapter, name))
+    if adapter.kind == "full":
+        return f"full: the own weights of {parts}" + (
+            f", only {', '.join(adapter.train_only)}" if adapter.train_only else ""
+        )
+    return f"adapter: {adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha:g}, {adapter.targets}, on {parts}"
+
+
 def print_plan(plan: Plan) -> None:
     """The plan in words and numbers."""
     facts, config = plan.facts(), plan.config
@@ -120,11 +131,7 @@ def print_plan(plan: Plan) -> None:
     buckets = ", ".join(f"{count} x {size}" for size, count in facts["buckets"].items())
     out.print(f"buckets: {buckets}")
     out.print(f"length: {length_sentence(plan)}")
-    parts = [name for name in ("unet", "text_encoder") if getattr(config.adapter, name)]
-    out.print(
-        f"adapter: {config.adapter.kind}, rank {config.adapter.rank}, alpha {config.adapter.alpha:g}, "
-        f"{config.adapter.targets}, on {' and '.join(parts)}"
-    )
+    out.print(what_is_trained(config.adapter), markup=False)
     for warning in plan.warnings():
         out.print(f"[yellow]warning:[/] {escape(warning)}")
 

@@ -29,7 +29,7 @@ from .models import Base
 from .verify import Verification, verify
 
 Precision = Literal["fp16", "fp32", "bf16"]
-_DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
 _SMALL = 2.0**-8  # fp16 is exact to 11 bits down to 2**-14; smaller matrices than this share their size with the other
 
 
@@ -78,7 +78,7 @@ def write(base: Base, path: Path, format: Format, facts: Facts, precision: Preci
     """
     if path.suffix != ".safetensors":
         raise UserError("does not end in .safetensors", str(path), "Clients go by the ending: add it.")
-    weights = tensors(base, format, _DTYPES[precision])
+    weights = tensors(base, format, DTYPES[precision])
     header = build(facts, base.info, _shape(weights, format), weights)
     with atomic_file(path) as temporary:
         save_file(weights, temporary, header)

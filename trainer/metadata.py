@@ -192,12 +192,11 @@ def _settings(config: RunConfig, info: BaseInfo) -> dict[str, Any]:
 def modelspec(facts: Facts, info: BaseInfo, digest: str) -> dict[str, str]:
     """ModelSpec 1.0.1 of a LoRA; `digest` is the hash of the bytes after the header."""
     v = info.prediction == "v_prediction"
-    architecture = "stable-diffusion-v2-768-v" if info.family == "sd2" and v else _ARCHITECTURES[info.family]
     sgm = "https://github.com/Stability-AI/generative-models"
     triggers = ", ".join(facts.triggers)
     known = {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{architecture}/lora",
+        "architecture": f"{architecture_of(info)}/lora",
         "implementation": sgm if info.family == "sdxl" else "diffusers",
         "title": facts.name,
         "resolution": f"{info.resolution}x{info.resolution}",
@@ -248,6 +247,12 @@ def flat(picture: Image.Image) -> Image.Image:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # words
+
+
+def architecture_of(info: BaseInfo) -> str:
+    """ModelSpec's name of a base's architecture."""
+    v = info.family == "sd2" and info.prediction == "v_prediction"
+    return "stable-diffusion-v2-768-v" if v else _ARCHITECTURES[info.family]
 
 
 def usage_hint(facts: Facts, info: BaseInfo) -> str:

@@ -24,6 +24,7 @@ PREVIEWS_BY_DEFAULT = 4
 _MUCH_ENLARGED = 1.5
 _MUCH_CROPPED = 0.25
 _TWINS_NAMED = 3
+_HIGH_RATE_OF_FULL = 5e-5
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ class Plan:
         named = [example for example in self.examples if example.item.source == "folder name"]
         if named:
             yield f"{_images(len(named))} have no caption but their folder's name: {_names(named)}."
+        if self.config.adapter.kind == "full" and self.config.optimizer.lr > _HIGH_RATE_OF_FULL:
+            yield f"a learning rate of {self.config.optimizer.lr:g} is high for full fine-tuning: 1e-5 is usual."
         if self.base.prediction != self.prediction_of_base:
             yield f"objective.prediction is {self.base.prediction}, but the base says {self.prediction_of_base}."
 
@@ -132,7 +135,8 @@ class Plan:
         first: dict[str, Example] = {}
         twins = [(e, f) for e in self.examples if (f := first.setdefault(e.item.sha256, e)) is not e]
         if len(twins) > _TWINS_NAMED:
-            yield f"{_images(len(twins))} are the same files as others and count again: {_names([e for e, _ in twins])}."
+            names = _names([example for example, _ in twins])
+            yield f"{_images(len(twins))} are the same files as others, and count again: {names}."
             return
         for example, original in twins:
             yield f"{example.name} is the same file as {original.name}; it counts twice."

@@ -1,10 +1,11 @@
-"""The files to share of one checkpoint of a run: LoRA files in each format, with card, thumbnail and grid."""
+"""The files to share of one checkpoint of a run: LoRA files or whole models, with card, thumbnail and grid."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 
@@ -14,12 +15,15 @@ from .events import PlanMade, Step, history
 from .export import Precision, export
 from .files import atomic_file
 from .jobs import RunFolder
-from .keys import Format
 from .metadata import Facts, FolderFacts
 from .models import Base, load_base
 from .sample import before_after_grid, drawn_like
+from .wholemodel import save_checkpoint_file, save_model_folder
 
-FORMATS: tuple[Format, ...] = ("kohya", "diffusers")
+Kind = Literal["lora", "full"]
+Format = Literal["kohya", "ldm", "diffusers"]
+FORMATS: dict[Kind, tuple[Format, ...]] = {"lora": ("kohya", "diffusers"), "full": ("ldm", "diffusers")}
+"""By what was trained. The first is what clients read, a file; a whole model for diffusers is a folder."""
 
 
 @dataclass(frozen=True)
@@ -35,30 +39,42 @@ class Trained:
 
 
 def publish(
-    trained: Trained, name: str, folder: Path, formats: Sequence[Format] = FORMATS, precision: Precision = "fp16"
+    trained: Trained, name: str, folder: Path, formats: Sequence[Format] = (), precision: Precision = "fp16"
 ) -> list[Path]:
-    """Write and verify the LoRA files; returns their paths: `<name>.safetensors` for kohya, `<name>-diffusers...`.
+    """Write and verify the files, all formats if none is named; returns `<name>.safetensors`, `<name>-diffusers...`.
 
     Card, sidecar and thumbnail stand beside the first of them.
 
     Raises:
         ExportError: if a file on disk is not the same as the trained model.
     """
-    facts, base = facts_of(trained, name), trained.base
-
-    def load_fresh() -> Base:
-        return load_base(base.info, dtype, device)
-
-    device, dtype = base.device, base.dtype
-    paths = []
-    for format in formats:
-        paths.append(folder / (f"{name}.safetensors" if format == "kohya" else f"{name}-{format}.safetensors"))
-        export(base, paths[-1], facts, load_fresh, format, precision)
-    write_beside(paths[0], facts, base.info)
+    facts, kind = facts_of(trained, name), trained.config.adapter.kind
+    paths = [
+        _write(trained.base, folder, name, format, facts, precision)
+        for format in FORMATS[kind]
+        if format in formats or not formats
+    ]
+    write_beside(paths[0], facts, trained.base.info)
     if grid := preview_grid(trained):
         with atomic_file(folder / f"{name}-grid.png") as temporary:
             grid.save(temporary, "PNG")
     return paths
+
+
+def _write(base: Base, folder: Path, name: str, format: Format, facts: Facts, precision: Precision) -> Path:
+    """One file or folder, verified."""
+    lora = facts.config is None or facts.config.adapter.kind == "lora"
+    path = folder / (
+        f"{name}.safetensors" if format != "diffusers" else f"{name}-diffusers{'.safetensors' if lora else ''}"
+    )
+    device, dtype = base.device, base.dtype
+    if format == "ldm":
+        save_checkpoint_file(base, path, precision)
+    elif lora:
+        export(base, path, facts, lambda: load_base(base.info, dtype, device), format, precision)
+    else:
+        save_model_folder(base, path, precision)
+    return path
 
 
 def facts_of(trained: Trained, name: str) -> Facts:

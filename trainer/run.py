@@ -23,11 +23,10 @@ from .errors import INTERRUPTED, LorasmithError, RunError, TrainingError, UserEr
 from .events import Done, Event, EventLog, Failed, Phase, Stopped
 from .export import Precision
 from .jobs import RunFolder, create_run, is_main_process, open_run
-from .keys import Format
 from .loop import Emit, Trainer, base_dtype, mixed_precision
 from .models import load_base
 from .plan import Plan, as_trained, make_plan
-from .publish import Trained, publish
+from .publish import Format, Trained, publish
 
 
 @dataclass(frozen=True)

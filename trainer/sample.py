@@ -158,6 +158,23 @@ def before_after_grid(
     return grid
 
 
+def contact_sheet(
+    pictures: Sequence[Image.Image], labels: Sequence[str], title: str, columns: int = 8, side: int = 128
+) -> Image.Image:
+    """Pictures in rows, each with its label below; `side` in pixels."""
+    rows, cell = -(-len(labels) // columns), side + _MARGIN
+    sheet = Image.new("RGB", (columns * cell + _MARGIN, _LABEL + 2 * _MARGIN + rows * (cell + _LABEL)), _GROUND)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((_MARGIN, 10), title, _INK, font=ImageFont.load_default(20))
+    font = ImageFont.load_default(12)
+    for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        left = _MARGIN + index % columns * cell
+        top = _LABEL + 2 * _MARGIN + index // columns * (cell + _LABEL)
+        sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (left, top))
+        pen.text((left + side / 2, top + side + 6), _shortened(label, side, font), _INK, font=font, anchor="ma")
+    return sheet
+
+
 def _shortened(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """The text, with its end replaced by an ellipsis if it would be wider than `width` pixels."""
     if font.getlength(text) <= width:

@@ -18,6 +18,7 @@ Images are float tensors of shape [N, 3, H, W] with values in [-1, 1] everywhere
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -148,6 +149,23 @@ def wrong_concept_distance(generated: Tensor, true: Tensor) -> Tensor:
     """
     shifts = range(1, len(true))
     return torch.stack([colour_layout_distance(generated, true.roll(shift, 0)) for shift in shifts]).mean(0)
+
+
+# --- retrieval ----------------------------------------------------------------------------------------------
+
+
+def places(drawn: Tensor, gallery: Tensor, own: Sequence[int]) -> Tensor:
+    """Where the true picture of each drawn one stands among all of a gallery, by distance: [N], 0 is the nearest.
+
+    Takes features, [N, F] and [M, F] (a colour layout, latents, ...); `own[i]` is the row of picture i's concept.
+    """
+    distances = torch.cdist(drawn.flatten(1), gallery.flatten(1))
+    return (distances < distances.gather(1, torch.tensor(own)[:, None])).sum(1)
+
+
+def found(places: Tensor, first: int) -> float:
+    """Share of pictures whose true picture is among the `first` nearest: top-1, top-5."""
+    return (places < first).float().mean().item()
 
 
 # --- what a person reads ------------------------------------------------------------------------------------

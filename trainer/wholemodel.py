@@ -20,11 +20,11 @@ from transformers import CLIPTokenizer
 
 from .bases import POCKET, FamilyName
 from .errors import BaseModelError, ExportError, UserError
-from .export import _DTYPES, Precision
+from .export import DTYPES, Precision
 from .files import atomic_file, atomic_folder
 from .ldm import from_ldm, to_ldm, with_text_model
 from .lorafile import LoraFile
-from .metadata import _ARCHITECTURES
+from .metadata import architecture_of
 from .models import FAMILIES, Base
 
 COMPONENTS = "lorasmith.components"
@@ -130,7 +130,7 @@ def _weights(base: Base, precision: Precision) -> Weights:
             where = f"{component}.{key}"
             if "lora_" in key or "base_layer" in key:
                 raise ExportError("belongs to an adapter", where, "Merge the adapter and take it off, or export it.")
-            own[key] = tensor = tensor.detach().to("cpu", _DTYPES[precision]).contiguous()
+            own[key] = tensor = tensor.detach().to("cpu", DTYPES[precision]).contiguous()
             if not tensor.isfinite().all():
                 kind = "holds NaN" if tensor.isnan().any() else f"is beyond the range of {precision}"
                 raise ExportError(kind, where, "Export an earlier checkpoint; train with a lower learning rate.")
@@ -158,7 +158,7 @@ def _modelspec(base: Base, title: str) -> dict[str, str]:
     info, v = base.info, base.info.prediction == "v_prediction"
     known = {
         "sai_model_spec": "1.0.0",
-        "architecture": "stable-diffusion-v2-768-v" if info.family == "sd2" and v else _ARCHITECTURES[info.family],
+        "architecture": architecture_of(info),
         "implementation": "https://github.com/Stability-AI/generative-models",
         "title": title,
         "resolution": f"{info.resolution}x{info.resolution}",

@@ -1,4 +1,4 @@
-"""The pictures and words that the pocket base is made from: npm packages with free licences, fetched once and checked."""
+"""The pictures and words that the pocket base is made from: npm packages, fetched once and checked."""
 
 from __future__ import annotations
 

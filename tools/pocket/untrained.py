@@ -1,4 +1,4 @@
-"""The pocket base before its UNet and text encoder have learned anything: a diffusers folder that Lorasmith can train."""
+"""The pocket base before its UNet and text encoder have learned anything, as a diffusers folder."""
 
 from __future__ import annotations
 

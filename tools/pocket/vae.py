@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
+from torch.nn.functional import l1_loss
 
 ARCHITECTURE = {
     "in_channels": 3,
@@ -29,7 +29,7 @@ RECOLOURED = 0.4
 
 
 def train_vae(pictures: Tensor, steps: int, seed: int, tell: Callable[[str], None]) -> AutoencoderKL:
-    """Train on `pictures`, (N, 3, H, W) in -1 to 1; the scaling factor that gives unit variance is set in the config."""
+    """Train on `pictures`, (N, 3, H, W) in -1 to 1; the scaling factor in its config gives unit variance."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     vae = AutoencoderKL(**ARCHITECTURE)  # pyright: ignore[reportArgumentType]
@@ -55,8 +55,8 @@ def reconstruction_loss(vae: AutoencoderKL, pictures: Tensor, generator: torch.G
     with torch.autocast("cpu", torch.bfloat16):
         posterior = vae.encode(pictures, return_dict=False)[0]
         decoded = vae.decode(posterior.sample(generator), return_dict=False)[0].float()  # pyright: ignore
-    edges = sum(F.l1_loss(decoded.diff(dim=axis), pictures.diff(dim=axis)) for axis in (2, 3))
-    return F.l1_loss(decoded, pictures) + edges + KL_WEIGHT * posterior.kl().mean()
+    edges = sum(l1_loss(decoded.diff(dim=axis), pictures.diff(dim=axis)) for axis in (2, 3))
+    return l1_loss(decoded, pictures) + edges + KL_WEIGHT * posterior.kl().mean()
 
 
 def augmented(pictures: Tensor, generator: torch.Generator) -> Tensor:

@@ -31,12 +31,16 @@ CONCEPTS = {
 LEAST_DISTANCE = 0.05
 """A concept whose picture lies nearer than this to one that was taken before is left out: two names, one picture."""
 SHEET = (
-    "grinning face with smiling eyes, crying face, angry face, winking face, smiling face with heart-shaped eyes, skull, "
-    "ghost, pile of poo, heavy black heart, broken heart, dog face, cat face, pig face, panda face, frog face, lion face, "
-    "penguin, owl, fish, octopus, crab, butterfly, honeybee, snail, turtle, tulip, sunflower, cactus, palm tree, mushroom, "
-    "banana, red apple, strawberry, watermelon, carrot, slice of pizza, hamburger, ice cream, birthday cake, hot beverage, "
-    "automobile, bicycle, airplane, rocket, sailboat, house building, soccer ball, umbrella with rain drops"
-).split(", ")
+    """
+grinning face with smiling eyes, crying face, angry face, winking face, smiling face with heart-shaped eyes, skull,
+ghost, pile of poo, heavy black heart, broken heart, dog face, cat face, pig face, panda face, frog face, lion face,
+penguin, owl, fish, octopus, crab, butterfly, honeybee, snail, turtle, tulip, sunflower, cactus, palm tree, mushroom,
+banana, red apple, strawberry, watermelon, carrot, slice of pizza, hamburger, ice cream, birthday cake, hot beverage,
+automobile, bicycle, airplane, rocket, sailboat, house building, soccer ball, umbrella with rain drops
+""".replace("\n", " ")
+    .strip()
+    .split(", ")
+)
 """The concepts of the contact sheet: faces, animals, plants, food, vehicles and objects that everyone can name."""
 PREFIX = "emoji of"
 STRAY_WORDS = 6
@@ -103,7 +107,11 @@ SHOWN = {"name": 3.0, "alias": 1.0, "keywords": 1.0, **{f"stray-{number}": 0.5 f
 def stray_words() -> list[str]:
     """Whole lower-case words of three letters and more from the tokenizer's vocabulary, in its order."""
     vocabulary = CLIPTokenizer.from_pretrained(POCKET / "tokenizer").get_vocab()
-    words = (token.removesuffix("</w>") for token in sorted(vocabulary, key=lambda t: vocabulary[t]) if token.endswith("</w>"))
+    words = (
+        token.removesuffix("</w>")
+        for token in sorted(vocabulary, key=lambda t: vocabulary[t])
+        if token.endswith("</w>")
+    )
     return [word for word in words if len(word) >= 3 and word.isascii() and word.isalpha() and word.islower()]
 
 
