@@ -25,7 +25,16 @@ from .jobs import RunFolder
 from .models import Base
 from .plan import make_plan
 from .sample import Drawing, before_after_grid, draw
-from .score import StyleMeasure, StyleScore, colour_layout_distance, wrong_concept_distance
+from .score import (
+    RETRIEVED,
+    StyleMeasure,
+    StyleScore,
+    colour_layout,
+    colour_layout_distance,
+    found,
+    places,
+    wrong_concept_distance,
+)
 
 EXAMPLES = Path(__file__).parent.parent / "datasets" / "examples"
 STYLE = "blueprint"
@@ -76,10 +85,16 @@ def read_held_out() -> list[tuple[str, str]]:
 def measure_style(base: Base, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> StyleScore:
     """How much of the example style the held-out pictures `after` have gained over `before`, in held-out order."""
     held_out = [file for _, file in read_held_out()]
-    others = sorted(file.name for file in (EXAMPLES / "measure/base").glob("*.webp") if file.name not in held_out)
+    everything = sorted(file.name for file in (EXAMPLES / "measure/base").glob("*.webp"))
+    others = [file for file in everything if file not in held_out]
     measure = StyleMeasure.fit(base.vae, _true("base", others), _true("target", others))
     true = _true("target", held_out)
     drawn = {name: to_tensor(pictures) for name, pictures in (("base", before), ("lora", after))}
+    own = [everything.index(file) for file in held_out]
+
+    def retrieval(pictures: Tensor, style: str) -> float:
+        return found(places(colour_layout(pictures), colour_layout(_true(style, everything)), own), RETRIEVED)
+
     return StyleScore(
         accuracy=measure.accuracy(_true("base", held_out), true),
         probability_base=float(measure.probability(drawn["base"]).mean()),
@@ -87,6 +102,8 @@ def measure_style(base: Base, before: Sequence[Image.Image], after: Sequence[Ima
         layout_base=colour_layout_distance(drawn["base"], true).mean().item(),
         layout_lora=colour_layout_distance(drawn["lora"], true).mean().item(),
         layout_wrong=wrong_concept_distance(drawn["lora"], true).mean().item(),
+        retrieval_base=retrieval(drawn["base"], "base"),
+        retrieval_lora=retrieval(drawn["lora"], "target"),
     )
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 BATCH = 16  # pictures that go through the VAE at once: bounds memory, changes no result
+RETRIEVED = 5  # a drawn picture counts as its concept if the true one is among so many nearest
 INVERSE_REGULARISATION = 1.0  # scikit-learn's C: a unit Gaussian prior on the standardised weights
 
 
@@ -181,6 +182,8 @@ class StyleScore:
     layout_base: float  # colour-layout distance to the true target picture without the LoRA, 0 to 1
     layout_lora: float  # the same with it
     layout_wrong: float | None = None  # with the LoRA, to the true pictures of other concepts
+    retrieval_base: float | None = None  # share found among true pictures of the base's style without the LoRA
+    retrieval_lora: float | None = None  # the same among true pictures of the target style with it
 
     @property
     def style_gain(self) -> float:
@@ -204,4 +207,9 @@ class StyleScore:
         ]
         if self.layout_wrong is not None:
             lines.append(f"For scale: distance to the true pictures of other concepts is {self.layout_wrong:.3f}.")
+        if self.retrieval_base is not None and self.retrieval_lora is not None:
+            lines.append(
+                f"The true picture of the concept is among the {RETRIEVED} nearest for {self.retrieval_base:.0%} "
+                f"without the LoRA, and for {self.retrieval_lora:.0%} with it."
+            )
         return lines

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 from diffusers import AutoencoderKL
+from torch import Tensor
 
 from lorasmith.trainer.configfile import merge, read_config, read_toml, to_toml, validate
 from lorasmith.trainer.console import Reporter, print_plan
@@ -22,7 +23,7 @@ from lorasmith.trainer.run import resume, train
 
 from .sources import Emoji, Sources
 from .untrained import write_untrained
-from .vae import train_vae
+from .vae import new_vae, train_decoder, train_vae
 from .world import PREFIX, SHOWN, choose_world, write_datasets
 
 SEED = 0
@@ -33,30 +34,38 @@ CAPTION_DROPOUT = 0.1
 
 def main(
     folder: Annotated[Path, typer.Option(help="Where all is made, and kept between calls.")] = Path("build/pocket"),
-    vae_steps: Annotated[int, typer.Option(help="Steps of the VAE, of 16 pictures each.")] = VAE_STEPS,
+    start: Annotated[
+        Path | None, typer.Option(help="A pocket base to go on from; random weights if not given.")
+    ] = None,
+    vae_steps: Annotated[
+        int, typer.Option(help="Steps of the VAE, or of its decoder, of 16 pictures each.")
+    ] = VAE_STEPS,
     images: Annotated[int, typer.Option(help="Images that the UNet sees; 0: as in pocket.toml.")] = 0,
 ) -> None:
-    """Make the pocket base in FOLDER/pocket. About 80 minutes on two CPU cores; an interrupted run goes on."""
+    """Make the pocket base in FOLDER/pocket. One to two hours on two CPU cores; an interrupted run goes on."""
     folder.mkdir(parents=True, exist_ok=True)
     sources = Sources(folder)
     world = choose_world(sources)
-    vae = make_vae(sources, folder / "vae", vae_steps)
-    if not (folder / "untrained").exists():
-        with atomic_folder(folder / "untrained") as temporary:
-            write_untrained(temporary, vae, SEED)
+    if not (folder / "start").exists():
+        with atomic_folder(folder / "start") as temporary:
+            make_start(temporary, start, sources.all_pictures(), vae_steps)
     trained = train_all(write_config(sources, world, folder, images), RunFolder(folder / "runs" / NAME))
     if trained:
         collect(trained, world, folder / NAME)
         print(f"{folder / NAME}: measure it with: python -m tools.pocket.measure {folder / NAME}")
 
 
-def make_vae(sources: Sources, folder: Path, steps: int) -> AutoencoderKL:
-    """The trained VAE; trained now if it is not there."""
-    if not folder.exists():
-        vae = train_vae(sources.all_pictures(), steps, SEED, print)
-        with atomic_folder(folder) as temporary:
-            vae.save_pretrained(temporary)
-    return AutoencoderKL.from_pretrained(folder)
+def make_start(folder: Path, start: Path | None, pictures: Tensor, steps: int) -> None:
+    """What the training goes on from: an earlier base whose decoder learned more, or a VAE and random weights."""
+    if start:
+        shutil.copytree(start, folder, dirs_exist_ok=True)
+        vae = AutoencoderKL.from_pretrained(start / "vae").float()
+        train_decoder(vae, pictures, steps, SEED, print)
+        vae.half().save_pretrained(folder / "vae")
+    else:
+        vae = new_vae(SEED)
+        train_vae(vae, pictures, steps, SEED, print)
+        write_untrained(folder, vae, SEED)
 
 
 def write_config(sources: Sources, world: list[Emoji], folder: Path, images: int) -> Path:
@@ -66,7 +75,7 @@ def write_config(sources: Sources, world: list[Emoji], folder: Path, images: int
     given = {
         "name": NAME,
         "runs": str((folder / "runs").absolute()),
-        "base": {"model": str((folder / "untrained").absolute())},
+        "base": {"model": str((folder / "start").absolute())},
         "data": [table | {"caption_dropout": CAPTION_DROPOUT} for table in data],
         **({"budget": {"images": images}} if images else {}),
     }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 
 ARCHITECTURE = {
@@ -22,32 +22,55 @@ ARCHITECTURE = {
     "sample_size": 64,
 }
 BATCH = 16
-LR = 2e-3
-KL_WEIGHT = 1e-6
+LR = 1e-3
+WARMUP = 100
+KL_WEIGHT = (
+    1e-7  # at 1e-6 and twice the rate, one of the four channels went silent in the first steps and never came back
+)
+Tell = Callable[[str], None]
 RECOLOURED = 0.4
 """Share of pictures shown in other colours, so that the VAE can also draw styles that none of its pictures has."""
 
 
-def train_vae(pictures: Tensor, steps: int, seed: int, tell: Callable[[str], None]) -> AutoencoderKL:
-    """Train on `pictures`, (N, 3, H, W) in -1 to 1; the scaling factor in its config gives unit variance."""
+def new_vae(seed: int) -> AutoencoderKL:
+    """The VAE with random weights."""
     torch.manual_seed(seed)
+    return AutoencoderKL(**ARCHITECTURE)  # pyright: ignore[reportArgumentType]
+
+
+def train_vae(vae: AutoencoderKL, pictures: Tensor, steps: int, seed: int, tell: Tell) -> None:
+    """Train on `pictures`, (N, 3, H, W) in -1 to 1, and set the scaling factor that gives unit variance."""
+    _train(vae, list(vae.parameters()), pictures, steps, seed, tell)
+    vae.register_to_config(scaling_factor=1 / latents_of(vae, pictures).std().item())
+
+
+def train_decoder(vae: AutoencoderKL, pictures: Tensor, steps: int, seed: int, tell: Tell) -> None:
+    """Train the decoder alone: latents stay what they were, and so does what a UNet learned of them."""
+    vae.requires_grad_(False)
+    trained = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]  # pyright: ignore
+    _train(vae, trained, pictures, steps, seed, tell)
+
+
+def _train(
+    vae: AutoencoderKL, trained: list[nn.Parameter], pictures: Tensor, steps: int, seed: int, tell: Tell
+) -> None:
     generator = torch.Generator().manual_seed(seed)
-    vae = AutoencoderKL(**ARCHITECTURE)  # pyright: ignore[reportArgumentType]
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=LR, weight_decay=0, betas=(0.9, 0.99))
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0, betas=(0.9, 0.99), fused=True)
+    vae.train()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = LR * min(1, (step + 1) / 50) * (0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01)
+            group["lr"] = LR * min(1, (step + 1) / WARMUP) * (0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01)
         chosen = pictures[torch.randint(len(pictures), (BATCH,), generator=generator)]
         loss = reconstruction_loss(vae, augmented(chosen, generator), generator)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if (step + 1) % 100 == 0:
             tell(f"VAE: step {step + 1} of {steps}, loss {loss.item():.4f}")
     vae.eval().requires_grad_(False)
-    vae.register_to_config(scaling_factor=1 / latents_of(vae, pictures).std().item())
-    return vae
 
 
 def reconstruction_loss(vae: AutoencoderKL, pictures: Tensor, generator: torch.Generator) -> Tensor:
