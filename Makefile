@@ -3,13 +3,14 @@
 # ui     open the browser app
 # check  check the format, lint and type-check
 # format format, and mend what the linter can
+# pocket make the embedded base anew in .cache/pocket/pocket, and measure it; hours
 # INSTALL=. installs the package as users get it; the default is an editable install for developers.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 INSTALL ?= -e .
 BIN := .venv/bin
 
-.PHONY: demo test ui check format clean
+.PHONY: demo test ui check format pocket clean
 
 demo: .venv/installed
 	$(BIN)/lorasmith demo
@@ -30,6 +31,11 @@ check: .venv/installed-dev
 format: .venv/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+pocket: .venv/installed
+	$(BIN)/python -m tools.pocket
+	$(BIN)/python -m tools.pocket.measure .cache/pocket/pocket
+	$(BIN)/python -m tools.pocket.card
 
 clean:
 	rm -rf .venv .cache build *.egg-info

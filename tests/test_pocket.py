@@ -148,7 +148,8 @@ def test_each_concept_gets_a_caption_in_each_set_and_stray_words_mean_nothing(pa
     folders = world.write_datasets(found, found.emoji(), tmp_path / "images", seed=0)
     assert [folder.name for folder in folders] == list(sets)
     assert (tmp_path / "images" / "alias" / "1f697.txt").read_text(encoding="utf-8") == "emoji of car\n"
-    assert Image.open(tmp_path / "images" / "name" / "1f697.png").size == (64, 64)
+    with Image.open(tmp_path / "images" / "name" / "1f697.png") as picture:
+        assert picture.size == (64, 64)
 
 
 def _row(code: str, name: str, short: str, category: str, order: int) -> dict:

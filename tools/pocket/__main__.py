@@ -33,7 +33,7 @@ CAPTION_DROPOUT = 0.1
 
 
 def main(
-    folder: Annotated[Path, typer.Option(help="Where all is made, and kept between calls.")] = Path("build/pocket"),
+    folder: Annotated[Path, typer.Option(help="Where all is made, and kept between calls.")] = Path(".cache/pocket"),
     start: Annotated[
         Path | None, typer.Option(help="A pocket base to go on from; random weights if not given.")
     ] = None,

@@ -66,8 +66,8 @@ class Measure:
 
 def main(
     model: Annotated[str, typer.Argument(help="A diffusers folder, or pocket.")] = "pocket",
-    sources: Annotated[Path, typer.Option(help="The folder of the fetched packages.")] = Path("build/pocket"),
-    out: Annotated[Path, typer.Option(help="Where the sheets and measure.json are written.")] = Path("build/pocket"),
+    sources: Annotated[Path, typer.Option(help="The folder of the fetched packages.")] = Path(".cache/pocket"),
+    out: Annotated[Path, typer.Option(help="Where the sheets and measure.json are written.")] = Path(".cache/pocket"),
     concepts: Annotated[int, typer.Option(help="How many concepts to draw.")] = 300,
     seeds: Annotated[int, typer.Option(help="How often, each time from other noise.")] = 3,
 ) -> None:
