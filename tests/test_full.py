@@ -15,7 +15,7 @@ from lorasmith.trainer.adapter import adapter_state, strength
 from lorasmith.trainer.bases import inspect_base
 from lorasmith.trainer.cli import app
 from lorasmith.trainer.configfile import to_toml
-from lorasmith.trainer.errors import ConfigError
+from lorasmith.trainer.errors import ConfigError, RunError
 from lorasmith.trainer.full import lies_in, path_of, trained_weights
 from lorasmith.trainer.jobs import create_run
 from lorasmith.trainer.loop import Trainer
@@ -28,7 +28,7 @@ from . import tiny
 
 @pytest.fixture
 def full(short_run, tmp_path: Path):
-    """A function that gives a short run which trains the own weights of a tiny base."""
+    """A function that gives a short run which trains the weights of a tiny base."""
     model = str(tiny.make_sd1(tmp_path / "base"))
 
     def make(train_only: list[str] | None = None, **over: object):
@@ -72,7 +72,7 @@ def test_all_weights_that_are_read_change(family, full, tmp_path):
 
 @pytest.mark.parametrize(
     "blocks",
-    [["unet.up_blocks", "text_encoder.encoder.layers.1"], ["unet.*.0.attentions", "text_encoder"]],
+    [["unet.up_blocks", "text_encoder.encoder.layers.1"], ["unet.*.attentions", "text_encoder"]],
     ids=["two blocks", "a pattern and a component"],
 )
 def test_only_the_named_blocks_change(blocks, full):
@@ -84,6 +84,29 @@ def test_only_the_named_blocks_change(blocks, full):
         assert any(lies_in(path, block) for path in paths), block
     assert sum(part.parameters for part in trainer.parts) == sum(p.numel() for p in trainer.trained)
     assert set(adapter_state(trainer.base)) == set(trained_weights(trainer.base))
+
+
+def test_a_pattern_means_all_that_it_names(full):
+    trainer = trained(full(["unet.*.attentions", "text_encoder"]))
+    in_unet = {path for path in changed(trainer.base) if path.startswith("unet.")}
+    assert in_unet == {
+        path_of("unet", name) for name, _ in trainer.base.unet.named_parameters() if ".attentions." in name
+    }
+
+
+def test_one_of_two_text_encoders_may_be_trained_alone(full, tmp_path):
+    tiny.make_sdxl(tmp_path / "sdxl")
+    trainer = trained(full(["unet.mid_block", "text_encoder_2"], base={"model": str(tmp_path / "sdxl")}))
+    assert {path.split(".")[0] for path in changed(trainer.base)} == {"unet", "text_encoder_2"}
+    assert [part.name for part in trainer.parts] == ["unet", "text_encoder_2"]
+
+
+def test_weights_of_another_base_are_refused(full, tmp_path):
+    config = full(["unet.mid_block", "text_encoder"])
+    run_folder = trained(config).run
+    tiny.make_sd1(tmp_path / "base", layers_per_block=1)
+    with pytest.raises(RunError, match="the base model has changed"):
+        run.load_run(run_folder.path, None)
 
 
 def test_a_frozen_text_encoder_stays_as_it_was_and_its_captions_are_cached(full):
@@ -126,7 +149,9 @@ def test_settings_of_the_other_kind_are_errors(adapter, key, short_run):
 
 def test_a_lora_rate_is_warned_of(full):
     assert any("1e-5 is usual" in warning for warning in make_plan(full(optimizer={"lr": 1e-4})).warnings())
-    assert not any("1e-5" in warning for warning in make_plan(full(optimizer={"lr": 1e-5})).warnings())
+    assert not any(
+        "1e-5" in warning for warning in make_plan(full(optimizer={"lr": 1e-5, "text_encoder_lr": 5e-6})).warnings()
+    )
 
 
 def test_a_resumed_run_equals_an_unbroken_one(full):
@@ -162,7 +187,7 @@ def finished(full, tmp_path) -> Path:
     (tmp_path / "full.toml").write_text(to_toml(config), encoding="utf-8")
     result = CliRunner().invoke(app, ["train", str(tmp_path / "full.toml")], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert "full: the own weights of unet and text_encoder, only unet.up_blocks, text_encoder" in result.output
+    assert "full: weights of unet and text_encoder, only unet.up_blocks, text_encoder" in result.output
     return Path(config.runs, config.name)
 
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from lorasmith.trainer.bases import POCKET, inspect_base
 from lorasmith.trainer.demo import EXAMPLES
 from lorasmith.trainer.models import load_base
-from lorasmith.trainer.score import found, places
+from lorasmith.trainer.score import recall_at, retrieval_ranks
 from tools.pocket import sources, untrained, vae, world
 
 MEGABYTE = 1_000_000
@@ -77,11 +77,11 @@ def test_the_vae_learns_and_its_decoder_can_learn_alone():
     assert torch.equal(vae.latents_of(model, pictures), latents)
 
 
-def test_places_and_found():
+def test_retrieval_ranks_and_recall():
     gallery = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
-    ranks = places(torch.tensor([[0.1], [2.9], [1.4]]), gallery, [0, 0, 2])
+    ranks = retrieval_ranks(torch.tensor([[0.1], [2.9], [1.4]]), gallery, [0, 0, 2])
     assert ranks.tolist() == [0, 3, 1]
-    assert [found(ranks, first) for first in (1, 2, 4)] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert [recall_at(ranks, first) for first in (1, 2, 4)] == pytest.approx([1 / 3, 2 / 3, 1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

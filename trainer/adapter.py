@@ -112,16 +112,19 @@ def parts(base: Base, config: RunConfig) -> list[Part]:
     Raises:
         ConfigError: if a part that should be trained holds nothing that is.
     """
-    found = []
+    found, trains = [], {n: trained_parameters(m) for n, m in trained_components(base, config.adapter).items()}
     for name, module in trained_components(base, config.adapter).items():
-        parameters = trained_parameters(module)
-        if not parameters:
+        parameters = trains[name]
+        alike = [other for other in trains if (other == "unet") == (name == "unet")]
+        if not any(trains[other] for other in alike):
             full = config.adapter.kind == "full"
             raise ConfigError(
                 f"no {'block' if full else 'layer'} of {name} is among those that are to be trained",
                 "adapter.train_only" if full else "adapter.targets",
                 f"Name one, or set adapter.{'unet' if name == 'unet' else 'text_encoder'} = false.",
             )
+        if not parameters:  # of two text encoders, one may be trained alone
+            continue
         size = sum(parameter.numel() for parameter in parameters)
         found.append(Part(name, len(list(_trained_modules(module))), size, learning_rate(config, name)))
     return found
@@ -132,6 +135,7 @@ def parameter_groups(base: Base, config: RunConfig) -> list[dict]:
     return [
         {"params": trained_parameters(module), "lr": learning_rate(config, name), "name": name}
         for name, module in trained_components(base, config.adapter).items()
+        if trained_parameters(module)
     ]
 
 
@@ -198,7 +202,7 @@ def _live_weights(base: Base) -> dict[str, Tensor]:
 def strength(base: Base, factor: float) -> Iterator[None]:
     """Within the block what was trained acts with `factor` times its effect; 0 is the untouched base."""
     if not any(map(has_adapters, base.components.values())):
-        with interpolated(base, factor) if factor != 1 else nullcontext():
+        with interpolated(base, factor) if factor != 1 and trained_weights(base) else nullcontext():
             yield
         return
     layers = [m for c in base.components.values() for m in c.modules() if isinstance(m, LoraLayer)]

@@ -1,4 +1,4 @@
-"""What stands beside a LoRA file: a model card for the Hub, a sidecar for A1111, Forge and InvokeAI, a picture."""
+"""What stands beside a file: a model card for the Hub, a sidecar for A1111, Forge and InvokeAI, a picture."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _body(facts: Facts, info: BaseInfo, file: str, picture: str | None) -> list[
     parts = [f"# {facts.name}"]
     if picture:
         parts.append("<Gallery />")
-    what = "All or some weights of" if is_whole_model(facts) else "A style LoRA for"
+    what = "A fine-tuned" if is_whole_model(facts) else "A style LoRA for"
     parts.append(facts.description or f"{what} {FAMILY_TITLES[info.family]}, trained on `{base}`.")
     if hint := usage_hint(facts, info):
         parts.append(f"**Use.** {hint}")
@@ -103,7 +103,9 @@ def _body(facts: Facts, info: BaseInfo, file: str, picture: str | None) -> list[
         table = ["| training | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
         parts.append("\n".join(table))
     if license_of(facts, info) and not facts.license:
-        parts.append("The license is that of the base model's family; a LoRA is a derivative of its base.")
+        parts.append(
+            "The license is that of the base model's family; what is trained from a base is a derivative of it."
+        )
     return parts
 
 

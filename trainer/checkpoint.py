@@ -34,7 +34,7 @@ class TrainState:
     dataset: str = ""
     """Fingerprint of what is trained on; another one is refused at resume."""
     base: str = ""
-    """Fingerprint of the base's UNet."""
+    """Identity of the base model."""
     version: int = VERSION
 
 
@@ -44,6 +44,7 @@ class Checkpoint:
 
     state: TrainState
     adapter: dict[str, Tensor]
+    """What was trained: adapters, or weights of the base itself."""
     optimizer: dict[str, Any]
     """The optimizer's state, and that of the gradient scaler where there is one."""
 

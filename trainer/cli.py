@@ -187,7 +187,7 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def train(file: ConfigFile, set_: Overrides = None) -> None:
-    """Train a LoRA, export it and verify it. The first Ctrl-C stops and saves."""
+    """Train, export and verify. The first Ctrl-C stops and saves."""
     from .console import Reporter, print_plan
     from .jobs import check_name_is_free, is_main_process
 
@@ -252,17 +252,17 @@ def sample(
     path: RunPath,
     prompt: Annotated[list[str], typer.Option(help="What to draw; may be repeated.")],
     step: Annotated[int | None, typer.Option(help="The checkpoint; the newest if not given.")] = None,
-    strength: Annotated[float, typer.Option(help="Strength of the LoRA; 0 is the untouched base.")] = 1.0,
+    strength: Annotated[float, typer.Option(help="Strength of what was trained; 0 is the untouched base.")] = 1.0,
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**63 - 1, help="The first picture's seed; sample.seed if not given.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A new folder for the pictures.")] = None,
 ) -> None:
-    """Draw pictures with a run's LoRA."""
+    """Draw pictures with what a run has trained."""
     from dataclasses import replace
 
     if not math.isfinite(strength):
-        raise UserError(f"{strength} is no strength", "--strength", "Give a number; 1 is the LoRA as it was trained.")
+        raise UserError(f"{strength} is no strength", "--strength", "Give a number; 1 is as it was trained.")
     if out and out.exists():
         raise UserError("exists already", str(out), "Name a new folder.")
     if out:
@@ -319,8 +319,8 @@ def convert(
     ],
     target: Annotated[Path, typer.Argument(help="A new .safetensors file, or a new folder for diffusers.")],
     precision: Annotated[
-        Literal["fp16", "bf16", "fp32"], typer.Option(help="Precision of a file that is made.")
-    ] = "fp16",
+        Literal["fp16", "bf16", "fp32"] | None, typer.Option(help="Precision of the file; fp16 if not given.")
+    ] = None,
 ) -> None:
     """A whole model as one file in the original layout (LDM), which clients call a checkpoint; or back to a folder."""
     if target.exists():
@@ -331,12 +331,15 @@ def convert(
         fix = "Give one .safetensors file, and a folder or base as the other."
         raise UserError("source and target are of the same kind", f"{source} {target}", fix)
 
+    if precision and not to_file:
+        raise UserError("has no effect: a folder keeps the file's precision", "--precision", "Remove it.")
+
     from .bases import inspect_base
     from .models import load_base
     from .wholemodel import save_checkpoint_file, unpack
 
     if to_file:
-        save_checkpoint_file(load_base(inspect_base(source)), target, precision)
+        save_checkpoint_file(load_base(inspect_base(source)), target, precision or "fp16")
     else:
         unpack(Path(source), target)
     typer.echo(target)

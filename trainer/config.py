@@ -64,8 +64,8 @@ class AdapterSection(Section):
     text_encoder: bool = True
     """Train the text encoder, both of them for SDXL. Helps the trigger word take hold."""
     train_only: list[str] = Field(default_factory=list)
-    """With kind "full": the blocks that are trained, such as "unet.up_blocks", "unet.*.attentions" or
-    "text_encoder.encoder.layers.11"; all others are frozen. Empty: all are trained."""
+    """With kind "full": the blocks that are trained, such as "unet.up_blocks", "text_encoder.encoder.layers.11" or
+    "unet.*.attentions" (* is anything); all others are frozen. Empty: all are trained."""
 
 
 class BudgetSection(Section):
@@ -87,7 +87,7 @@ class OptimizerSection(Section):
     lr: float = Field(default=1e-4, ge=0, le=1)
     """Learning rate of the UNet. 1e-4 is the usual start for a LoRA with alpha = rank, 1e-5 for kind "full"."""
     text_encoder_lr: float = Field(default=5e-5, ge=0, le=1)
-    """Learning rate of the text encoders; they overfit sooner, so half of the UNet's or less."""
+    """Learning rate of the text encoders; they overfit sooner, so half of the UNet's or less. 5e-6 for kind "full"."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """Shape of the learning rate after the warm-up. Cosine ends near zero, which steadies the last checkpoints."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
@@ -128,7 +128,7 @@ class SaveSection(Section):
 
 
 class SampleSection(Section):
-    """Previews: the same prompts and seeds at every step, the untouched base first. They say what the LoRA does."""
+    """Previews: the same prompts and seeds at every step, the untouched base first. They say what training does."""
 
     every: int = Field(default=100, ge=0, le=10_000_000)
     """Previews each so many steps, at step 0 and at the end. 0: never."""

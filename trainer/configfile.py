@@ -17,7 +17,7 @@ import tomlkit
 import tomlkit.exceptions
 from pydantic import ValidationError
 
-from .config import NEEDS, NESTED_PROBLEMS, RATES, RunConfig, Section, settings, table_of
+from .config import NEEDS, NESTED_PROBLEMS, OF_FULL, OF_LORA, RATES, RunConfig, Section, settings, table_of
 from .errors import ConfigError, Problem
 from .files import write_text
 
@@ -177,6 +177,8 @@ def _hidden_errors(values: Mapping[str, Any], error: ValidationError) -> list[An
     if () in wrong:  # then it has looked
         return []
     wrong |= {("optimizer", rate) for part, rate in RATES.items() if ("adapter", part) in wrong}
+    if ("adapter", "kind") in wrong:
+        wrong |= {("adapter", key) for key in (*OF_LORA, *OF_FULL)}
     sound: dict[str, Any] = {"name": "x", "data": [{"path": "x"}]}
     for name in ("adapter", "optimizer", "sample"):
         if isinstance(table := values.get(name, {}), Mapping):

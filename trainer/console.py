@@ -113,9 +113,7 @@ def what_is_trained(adapter: AdapterSection) -> str:
     """The kind of training in a line."""
     parts = " and ".join(name for name in ("unet", "text_encoder") if getattr(adapter, name))
     if adapter.kind == "full":
-        return f"full: the own weights of {parts}" + (
-            f", only {', '.join(adapter.train_only)}" if adapter.train_only else ""
-        )
+        return f"full: weights of {parts}" + (f", only {', '.join(adapter.train_only)}" if adapter.train_only else "")
     return f"adapter: {adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha:g}, {adapter.targets}, on {parts}"
 
 

@@ -31,13 +31,14 @@ from .score import (
     StyleScore,
     colour_layout,
     colour_layout_distance,
-    found,
-    places,
+    recall_at,
+    retrieval_ranks,
     wrong_concept_distance,
 )
 
 EXAMPLES = Path(__file__).parent.parent / "datasets" / "examples"
 STYLE = "blueprint"
+TRIGGER = "blueprint"
 IN_THE_GRID = 16
 STRENGTH = 0.8
 """At which the LoRA is shown: trained a little too far and then weakened, it keeps more of what a prompt asks for."""
@@ -48,7 +49,7 @@ def run_demo(folder: Path) -> run.Finished:
     answers = {
         "name": _free_name(folder, STYLE),
         "runs": str(folder),
-        "data": [{"path": str(EXAMPLES / STYLE), "caption_dropout": 0.1}],
+        "data": [{"path": str(EXAMPLES / STYLE), "trigger": TRIGGER, "caption_dropout": 0.1}],
     }
     plan = make_plan(validate(merge(read_recipe("demo"), answers), source="demo"))
     print_plan(plan)
@@ -60,7 +61,7 @@ def run_demo(folder: Path) -> run.Finished:
     base = run.load_run(finished.run.path, None).base
     drawing = Drawing.of(plan.config.sample, plan.base.resolution)
     held_out = read_held_out()
-    prompts = [prompt for prompt, _ in held_out]
+    prompts = [f"{TRIGGER} {prompt}" for prompt, _ in held_out]
     with strength(base, 0):
         before = draw(base, prompts, drawing)
     with strength(base, STRENGTH):
@@ -93,7 +94,9 @@ def measure_style(base: Base, before: Sequence[Image.Image], after: Sequence[Ima
     own = [everything.index(file) for file in held_out]
 
     def retrieval(pictures: Tensor, style: str) -> float:
-        return found(places(colour_layout(pictures), colour_layout(_true(style, everything)), own), RETRIEVED)
+        return recall_at(
+            retrieval_ranks(colour_layout(pictures), colour_layout(_true(style, everything)), own), RETRIEVED
+        )
 
     return StyleScore(
         accuracy=measure.accuracy(_true("base", held_out), true),
@@ -118,7 +121,7 @@ def _true(style: str, files: Sequence[str]) -> Tensor:
 
 
 def _save_grid(trained: RunFolder, before: list[Image.Image], after: list[Image.Image], prompts: list[str]) -> Path:
-    labels = [prompt.removeprefix("emoji of ") for prompt in prompts]
+    labels = [prompt.removeprefix(f"{TRIGGER} emoji of ") for prompt in prompts]
     first = slice(IN_THE_GRID)
     title = f"Held-out concepts, never trained on; strength {STRENGTH}"
     grid = before_after_grid(before[first], after[first], labels[first], title)

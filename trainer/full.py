@@ -19,23 +19,23 @@ def unfreeze(base: Base, components: Mapping[str, Any], train_only: Sequence[str
     """Let the weights of `components` be trained; with `train_only`, those of the named blocks.
 
     A name is a path as diffusers and transformers have it, after the component's name: `unet.up_blocks.1`,
-    `text_encoder.encoder.layers`. A `*` stands for any one piece: `unet.*.attentions`.
+    `text_encoder.encoder.layers`. A `*` stands for anything: `unet.*.attentions` are all of them.
 
     Raises:
         ConfigError: for every name that matches nothing.
     """
-    idle = set(train_only)
+    idle, read = set(train_only), []
     for component, module in components.items():
         unread = base.family.unread_layers(component, module)
         for name, parameter in module.named_parameters():
             if unread and re.fullmatch(unread, name):
                 continue
-            path = path_of(component, name)
+            read.append(path := path_of(component, name))
             chosen = [block for block in train_only if lies_in(path, block)]
             idle -= set(chosen)
             parameter.requires_grad_(not train_only or bool(chosen))
     if idle:
-        fix = f"Blocks are: {', '.join(blocks(components))}."
+        fix = f"Blocks are: {', '.join(blocks(read))}."
         unknown = [block for block in train_only if block in idle]
         raise ConfigError.of(
             Problem("adapter.train_only", f"{block} is no block of what is trained", fix) for block in unknown
@@ -48,16 +48,12 @@ def path_of(component: str, name: str) -> str:
 
 
 def lies_in(path: str, block: str) -> bool:
-    """Whether a parameter's path begins with a block's pieces, of which each may be a pattern."""
-    pieces, patterns = path.split("."), block.split(".")
-    return len(patterns) <= len(pieces) and all(map(fnmatchcase, pieces, patterns))
+    """Whether a parameter is part of a block, whose name may be a pattern."""
+    return fnmatchcase(path, block) or fnmatchcase(path, f"{block}.*")
 
 
-def blocks(components: Mapping[str, nn.Module]) -> list[str]:
+def blocks(paths: Sequence[str]) -> list[str]:
     """The blocks that can be named, without what is inside them: `unet.conv_in`, `unet.down_blocks.0`, ..."""
-    paths = [
-        path_of(component, name) for component, module in components.items() for name, _ in module.named_parameters()
-    ]
     return list(dict.fromkeys(re.sub(r"^(\w+\.(?:encoder\.layers|\w+)(?:\.\d+)?).*", r"\1", path) for path in paths))
 
 

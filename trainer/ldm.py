@@ -36,6 +36,7 @@ DROPPED: dict[str, str] = {
     r"(?:betas|lvlb_weights|logvar|denoiser\.sigmas|posterior_\w+|(?:\w+_)?alphas_cumprod(?:_prev)?)": (
         "the noise schedule, which the scheduler computes"
     ),
+    r"v_pred|ztsnr": "marks of SDXL models that predict v, by which some clients know them",
     r"model_ema\..+": "running averages of the weights; the weights themselves are read",
     r"first_stage_model\.(?:loss|model_ema)\..+": "what the VAE was trained with",
     r"cond_stage_model\.model\.transformer\.resblocks\.23\..+": "SD 2 reads the layer before this one",

@@ -219,10 +219,11 @@ class Trainer:
             base.unet.train()  # both libraries recompute only in training mode; neither has dropout here
 
         groups = parameter_groups(base, config)
+        self.fused = self.accelerator.scaler is None
         self.base_rates: list[float] = [group["lr"] for group in groups]
         self.trained = [parameter for group in groups for parameter in group["params"]]
         self.denoiser, self.optimizer = self.accelerator.prepare(
-            Denoiser(base, config.adapter.text_encoder), make_optimizer(config.optimizer, groups)
+            Denoiser(base, config.adapter.text_encoder), make_optimizer(config.optimizer, groups, self.fused)
         )
         self.saved_step = checkpoint.state.step if checkpoint else -1
         self.state = TrainState(dataset=self.plan.dataset_fingerprint, base=self.plan.base.identity)
@@ -247,6 +248,8 @@ class Trainer:
                     "Put them back as they were, or start a new run.",
                 )
         load_adapter_state(self.base, checkpoint.adapter)
+        for group in checkpoint.optimizer["optimizer"]["param_groups"]:
+            group["fused"] = self.fused  # runtime.precision may have changed
         self.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
         if self.accelerator.scaler is not None and "scaler" in checkpoint.optimizer:
             self.accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])

@@ -122,7 +122,7 @@ class LoraFile:
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """What is in a LoRA file, ready for JSON; no model is loaded.
+    """What is in a LoRA file, ready for JSON; no model is loaded. Of a whole model, it says that it is one.
 
     Raises:
         UserError: if it is not a whole safetensors file.
@@ -130,15 +130,16 @@ def inspect(path: Path) -> dict[str, Any]:
     file = LoraFile.open(path)
     family, because = guess_family(file)
     known = {key for keys in file.modules.values() for key in keys} | {f"{name}.alpha" for name in file.modules}
+    whole = any(key.startswith("model.diffusion_model.") for key in file.shapes)
     return {
         "name": path.name,
         "bytes": path.stat().st_size,
-        "format": file.format or "unknown",
+        "format": "ldm, a whole model" if whole else file.format or "unknown",
         "family": family or "unknown",
         "family_because": because,
         "dtypes": dict(Counter(file.dtypes.values())),
         "components": _components(file),
-        "other_keys": sorted(set(file.shapes) - known),
+        "other_keys": [] if whole else sorted(set(file.shapes) - known),
         "hashes": asdict(file.hashes),
         "metadata": {key: _readable(value) for key, value in sorted(file.metadata.items())},
     }

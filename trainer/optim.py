@@ -12,9 +12,12 @@ from .config import OptimizerSection
 Schedule = Literal["constant", "cosine", "linear"]
 
 
-def make_optimizer(settings: OptimizerSection, groups: list[dict]) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) over parameter groups, each with its own learning rate."""
-    return torch.optim.AdamW(groups, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay, fused=True)
+def make_optimizer(settings: OptimizerSection, groups: list[dict], fused: bool = True) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) over parameter groups, each with its own learning rate.
+
+    `fused` is its fast form; under fp16's gradient scaler it would hide which steps were skipped.
+    """
+    return torch.optim.AdamW(groups, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay, fused=fused)
 
 
 def schedule_factor(schedule: Schedule, step: int, steps: int, warmup: float) -> float:

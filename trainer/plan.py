@@ -79,6 +79,7 @@ class Plan:
             "captions": len(self.captioned),
             "caption_sources": dict(self.caption_sources()),
             "buckets": {f"{width}x{height}": n for (width, height), n in bucket_counts(self.examples).items()},
+            "adapter": {"kind": self.config.adapter.kind, "train_only": self.config.adapter.train_only},
             "steps": self.steps,
             "images_seen": self.images,
             "shows_per_image": round(self.images / sum(e.entry.shows for e in self.examples), 2),
@@ -125,10 +126,17 @@ class Plan:
         named = [example for example in self.examples if example.item.source == "folder name"]
         if named:
             yield f"{_images(len(named))} have no caption but their folder's name: {_names(named)}."
-        if self.config.adapter.kind == "full" and self.config.optimizer.lr > _HIGH_RATE_OF_FULL:
-            yield f"a learning rate of {self.config.optimizer.lr:g} is high for full fine-tuning: 1e-5 is usual."
+        if self.config.adapter.kind == "full":
+            yield from self._warnings_of_full()
         if self.base.prediction != self.prediction_of_base:
             yield f"objective.prediction is {self.base.prediction}, but the base says {self.prediction_of_base}."
+
+    def _warnings_of_full(self) -> Iterator[str]:
+        rate = max(self.config.optimizer.lr, self.config.optimizer.text_encoder_lr)
+        if rate >= _HIGH_RATE_OF_FULL:
+            yield f"a learning rate of {rate:g} is high for full fine-tuning: 1e-5 is usual, half for text encoders."
+        if self.config.save.keep == "all":
+            yield "each checkpoint holds the trained weights three times over; save.keep = 2 saves disk space."
 
     def _warnings_of_twins(self) -> Iterator[str]:
         """Files that are there more than once: an oversight, or one picture with several captions."""

@@ -9,8 +9,9 @@ from typing import Literal
 
 from PIL import Image
 
-from .card import write_beside
+from .card import is_whole_model, write_beside
 from .config import RunConfig
+from .errors import ExportError
 from .events import PlanMade, Step, history
 from .export import Precision, export
 from .files import atomic_file
@@ -46,14 +47,18 @@ def publish(
     Card, sidecar and thumbnail stand beside the first of them.
 
     Raises:
-        ExportError: if a file on disk is not the same as the trained model.
+        ExportError: if a file on disk is not the same as the trained model, after the other formats were written.
     """
     facts, kind = facts_of(trained, name), trained.config.adapter.kind
-    paths = [
-        _write(trained.base, folder, name, format, facts, precision)
-        for format in FORMATS[kind]
-        if format in formats or not formats
-    ]
+    paths, refused = [], []
+    for format in FORMATS[kind]:
+        try:
+            if format in formats or not formats:
+                paths.append(_write(trained.base, folder, name, format, facts, precision))
+        except ExportError as error:  # what can be written is
+            refused += error.problems
+    if refused:
+        raise ExportError.of(refused)
     write_beside(paths[0], facts, trained.base.info)
     if grid := preview_grid(trained):
         with atomic_file(folder / f"{name}-grid.png") as temporary:
@@ -63,7 +68,7 @@ def publish(
 
 def _write(base: Base, folder: Path, name: str, format: Format, facts: Facts, precision: Precision) -> Path:
     """One file or folder, verified."""
-    lora = facts.config is None or facts.config.adapter.kind == "lora"
+    lora = not is_whole_model(facts)
     path = folder / (
         f"{name}.safetensors" if format != "diffusers" else f"{name}-diffusers{'.safetensors' if lora else ''}"
     )
@@ -112,7 +117,8 @@ def preview_grid(trained: Trained) -> Image.Image | None:
     untouched, tuned = ([_open(path) for path in sorted(folder.glob("*.png"))] for folder in (before, after))
     prompts = [text.split("\n")[0] for text in drawn_like(before)]
     title = f"{trained.config.name}, step {trained.step}"
-    return before_after_grid(untouched, tuned, prompts, title, columns=2, side=256)
+    what = "with the LoRA" if trained.config.adapter.kind == "lora" else "as it was trained"
+    return before_after_grid(untouched, tuned, prompts, title, columns=2, side=256, after_is=what)
 
 
 def _open(path: Path) -> Image.Image:

@@ -77,10 +77,10 @@ def resume(run: RunFolder, overrides: Sequence[str], listen: Emit) -> Finished:
 
 
 def load_run(path: Path, step: int | None) -> Trained:
-    """A run's base with the adapters of a checkpoint on it; `step` None is the newest. The images are not needed.
+    """A run's base with what a checkpoint trained of it; `step` None is the newest. The images are not needed.
 
     Raises:
-        RunError: if there is no such checkpoint.
+        RunError: if there is no such checkpoint, or it is a part of a model whose rest has changed.
     """
     run = open_run(path)
     saved = run.saved_steps()
@@ -95,7 +95,11 @@ def load_run(path: Path, step: int | None) -> Trained:
     checkpoint = load_checkpoint(run.checkpoint(saved[-1] if step is None else step))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = base_dtype(config, mixed_precision("auto"))
-    base = load_base(as_trained(inspect_base(config.base.model), config), dtype, device)
+    info = as_trained(inspect_base(config.base.model), config)
+    if config.adapter.kind == "full" and checkpoint.state.base != info.identity:
+        what = "the base model has changed since the run was saved, and a part of the weights would be another's"
+        raise RunError(what, str(run.path), "Put the base back as it was.")
+    base = load_base(info, dtype, device)
     put_on(base, config.adapter, config.seed)
     load_adapter_state(base, checkpoint.adapter)
     return Trained(run, config, base, checkpoint.state.step, checkpoint.state.images)
@@ -104,7 +108,7 @@ def load_run(path: Path, step: int | None) -> Trained:
 def export_run(
     path: Path, step: int | None, formats: Sequence[Format], folder: Path | None, precision: Precision
 ) -> list[Path]:
-    """Write and verify the files of one checkpoint; returns the `.safetensors` paths."""
+    """Write and verify the files of one checkpoint; returns their paths."""
     trained = load_run(path, step)
     name = trained.config.name if step is None else f"{trained.config.name}-step{trained.step:06d}"
     return publish(trained, name, folder or trained.run.exports, formats, precision)

@@ -134,8 +134,9 @@ def before_after_grid(
     title: str,
     columns: int = 4,
     side: int = 128,
+    after_is: str = "with the LoRA",
 ) -> Image.Image:
-    """Pairs of pictures, base on the left and LoRA on the right, each pair with its label; `side` in pixels."""
+    """Pairs of pictures, the base on the left, each pair with its label; `side` in pixels."""
     rows = -(-len(labels) // columns)
     pair, high = 2 * side + 2, side + _LABEL
     width = columns * pair + (columns + 1) * _MARGIN
@@ -144,7 +145,7 @@ def before_after_grid(
     pen.text((_MARGIN, 10), title, _INK, font=ImageFont.load_default(20))
     pen.text(
         (_MARGIN, 38),
-        "In each pair: left without, right with the LoRA; same prompt, same seed.",
+        f"In each pair: left the base, right {after_is}; same prompt, same seed.",
         _GREY,
         font=ImageFont.load_default(14),
     )

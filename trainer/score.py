@@ -155,8 +155,8 @@ def wrong_concept_distance(generated: Tensor, true: Tensor) -> Tensor:
 # --- retrieval ----------------------------------------------------------------------------------------------
 
 
-def places(drawn: Tensor, gallery: Tensor, own: Sequence[int]) -> Tensor:
-    """Where the true picture of each drawn one stands among all of a gallery, by distance: [N], 0 is the nearest.
+def retrieval_ranks(drawn: Tensor, gallery: Tensor, own: Sequence[int]) -> Tensor:
+    """The rank of each drawn picture's true one among all of a gallery, by distance: [N], 0 is the nearest.
 
     Takes features, [N, F] and [M, F] (a colour layout, latents, ...); `own[i]` is the row of picture i's concept.
     """
@@ -164,9 +164,9 @@ def places(drawn: Tensor, gallery: Tensor, own: Sequence[int]) -> Tensor:
     return (distances < distances.gather(1, torch.tensor(own)[:, None])).sum(1)
 
 
-def found(places: Tensor, first: int) -> float:
-    """Share of pictures whose true picture is among the `first` nearest: top-1, top-5."""
-    return (places < first).float().mean().item()
+def recall_at(ranks: Tensor, k: int) -> float:
+    """Share of pictures whose true picture is among the k nearest: top-1, top-5."""
+    return (ranks < k).float().mean().item()
 
 
 # --- what a person reads ------------------------------------------------------------------------------------

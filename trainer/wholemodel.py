@@ -61,7 +61,7 @@ def save_checkpoint_file(base: Base, path: Path, precision: Precision = "fp16") 
     shapes = configs["unet"], configs["vae"]
     header = _modelspec(base, path.stem) | {COMPONENTS: json.dumps({"family": family, **configs}, allow_nan=False)}
     with atomic_file(path) as temporary:
-        save_file(to_ldm(family, weights, *shapes), temporary, header)
+        save_file(to_ldm(family, weights, *shapes) | _marks(base), temporary, header)
         _require_same(from_ldm(family, load_file(temporary), *shapes), weights)
 
 
@@ -132,8 +132,10 @@ def _weights(base: Base, precision: Precision) -> Weights:
                 raise ExportError("belongs to an adapter", where, "Merge the adapter and take it off, or export it.")
             own[key] = tensor = tensor.detach().to("cpu", DTYPES[precision]).contiguous()
             if not tensor.isfinite().all():
-                kind = "holds NaN" if tensor.isnan().any() else f"is beyond the range of {precision}"
-                raise ExportError(kind, where, "Export an earlier checkpoint; train with a lower learning rate.")
+                if module.state_dict()[key].isfinite().all():
+                    raise ExportError(f"is beyond the range of {precision}", where, "Export with --precision fp32.")
+                fix = "Export an earlier checkpoint; train with a lower learning rate."
+                raise ExportError("holds what is no number", where, fix)
         weights[component] = with_text_model(own) if component in base.text_encoders else own
     return weights
 
@@ -165,6 +167,12 @@ def _modelspec(base: Base, title: str) -> dict[str, str]:
         "prediction_type": "v" if v else "epsilon",
     }
     return {"format": "pt", **{f"modelspec.{key}": value for key, value in known.items()}}
+
+
+def _marks(base: Base) -> dict[str, Tensor]:
+    """ComfyUI and Forge take an SDXL for one that predicts v if it holds a tensor of this name."""
+    v = base.info.family == "sdxl" and base.info.prediction == "v_prediction"
+    return {"v_pred": torch.zeros(0)} if v else {}
 
 
 def _classes(family: FamilyName) -> dict[str, tuple[str, str]]:

@@ -44,6 +44,8 @@ def main(
 ) -> None:
     """Make the pocket base in FOLDER/pocket. One to two hours on two CPU cores; an interrupted run goes on."""
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "start").exists() and (start or images or vae_steps != VAE_STEPS):
+        raise typer.BadParameter(f"{folder} goes on with what it was begun with; name another --folder, or no option")
     sources = Sources(folder)
     world = choose_world(sources)
     if not (folder / "start").exists():
@@ -91,7 +93,7 @@ def train_all(config: Path, folder: RunFolder) -> Path | None:
     if exported.exists():
         return exported
     with Reporter() as report:
-        if folder.saved_steps():
+        if folder.config.is_file():
             finished = resume(folder, [], report)
         else:
             plan = make_plan(read_config(config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +42,8 @@ def main(
     text = TEMPLATE.read_text(encoding="utf-8")
     for name, value in parts.items():
         text = text.replace(f"{{{name}}}", value)
+    if missing := re.findall(r"\{[A-Z]+\}", text):
+        raise SystemExit(f"{TEMPLATE}: there is nothing to put in the place of {', '.join(missing)}")
     write_text(folder / "pocket" / "README.md", text)
     print(folder / "pocket" / "README.md")
 

@@ -22,7 +22,7 @@ from lorasmith.trainer.demo import EXAMPLES, to_tensor
 from lorasmith.trainer.files import atomic_file, write_text
 from lorasmith.trainer.models import Base, load_base
 from lorasmith.trainer.sample import Drawing, contact_sheet, draw
-from lorasmith.trainer.score import colour_layout, found, pass_through, places
+from lorasmith.trainer.score import colour_layout, pass_through, recall_at, retrieval_ranks
 
 from .sources import Sources
 from .world import PREFIX, SHEET
@@ -99,9 +99,9 @@ def measure(base: Base, sources: Sources, concepts: int, seeds: int) -> Measure:
     for number in range(seeds):
         seed = SEED + 100_000 * number
         drawn = to_tensor(draw(base, prompts, drawing(base, seed)))
-        layout = places(colour_layout(drawn), colour_layout(gallery), rows)
-        latents = places(latents_of(base, drawn), latents_of(base, gallery), rows)
-        shares = [found(ranks, first) for ranks in (layout, latents) for first in (1, 5)]
+        layout = retrieval_ranks(colour_layout(drawn), colour_layout(gallery), rows)
+        latents = retrieval_ranks(latents_of(base, drawn), latents_of(base, gallery), rows)
+        shares = [recall_at(ranks, first) for ranks in (layout, latents) for first in (1, 5)]
         retrieval.append(Retrieval(seed, *(round(share, 4) for share in shares)))
         print(retrieval[-1])
     return Measure(vae_error(base, true), vae_error(base, style), len(chosen), retrieval)

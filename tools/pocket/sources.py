@@ -147,7 +147,7 @@ def _fetch(package: Package, folder: Path) -> None:
         registry = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org/").rstrip("/")
         url = f"{registry}/{package.name}/-/{package.file}"
         print(f"fetching {url}")
-        with urllib.request.urlopen(url) as reply, atomic_file(file) as temporary:
+        with urllib.request.urlopen(url, timeout=60) as reply, atomic_file(file) as temporary:
             temporary.write_bytes(reply.read())
     found = base64.b64encode(hashlib.sha512(file.read_bytes()).digest()).decode()
     if found != package.sha512:
