@@ -29,8 +29,8 @@ from .score import (
     RETRIEVED,
     StyleMeasure,
     StyleScore,
-    colour_layout,
     colour_layout_distance,
+    light_layout,
     recall_at,
     retrieval_ranks,
     wrong_concept_distance,
@@ -40,8 +40,6 @@ EXAMPLES = Path(__file__).parent.parent / "datasets" / "examples"
 STYLE = "blueprint"
 TRIGGER = "blueprint"
 IN_THE_GRID = 16
-STRENGTH = 0.8
-"""At which the LoRA is shown: trained a little too far and then weakened, it keeps more of what a prompt asks for."""
 
 
 def run_demo(folder: Path) -> run.Finished:
@@ -64,13 +62,12 @@ def run_demo(folder: Path) -> run.Finished:
     prompts = [f"{TRIGGER} {prompt}" for prompt, _ in held_out]
     with strength(base, 0):
         before = draw(base, prompts, drawing)
-    with strength(base, STRENGTH):
-        after = draw(base, prompts, drawing)
+    after = draw(base, prompts, drawing)
 
     grid = _save_grid(finished.run, before, after, prompts)
     score = measure_style(base, before, after)
     write_text(finished.run.path / "style.json", json.dumps(asdict(score), indent=2) + "\n")
-    out.print(f"measured on {len(prompts)} held-out concepts, with the LoRA at strength {STRENGTH}:")
+    out.print(f"measured on {len(prompts)} held-out concepts:")
     for sentence in score.sentences():
         out.print(sentence)
     _say_where(finished.run, finished.exports, grid, folder)
@@ -93,10 +90,9 @@ def measure_style(base: Base, before: Sequence[Image.Image], after: Sequence[Ima
     drawn = {name: to_tensor(pictures) for name, pictures in (("base", before), ("lora", after))}
     own = [everything.index(file) for file in held_out]
 
-    def retrieval(pictures: Tensor, style: str) -> float:
-        return recall_at(
-            retrieval_ranks(colour_layout(pictures), colour_layout(_true(style, everything)), own), RETRIEVED
-        )
+    def retrieval(pictures: Tensor) -> float:
+        ranks = retrieval_ranks(light_layout(pictures), light_layout(_true("base", everything)), own)
+        return recall_at(ranks, RETRIEVED)
 
     return StyleScore(
         accuracy=measure.accuracy(_true("base", held_out), true),
@@ -105,8 +101,8 @@ def measure_style(base: Base, before: Sequence[Image.Image], after: Sequence[Ima
         layout_base=colour_layout_distance(drawn["base"], true).mean().item(),
         layout_lora=colour_layout_distance(drawn["lora"], true).mean().item(),
         layout_wrong=wrong_concept_distance(drawn["lora"], true).mean().item(),
-        retrieval_base=retrieval(drawn["base"], "base"),
-        retrieval_lora=retrieval(drawn["lora"], "target"),
+        retrieval_base=retrieval(drawn["base"]),
+        retrieval_lora=retrieval(drawn["lora"]),
     )
 
 
@@ -123,7 +119,7 @@ def _true(style: str, files: Sequence[str]) -> Tensor:
 def _save_grid(trained: RunFolder, before: list[Image.Image], after: list[Image.Image], prompts: list[str]) -> Path:
     labels = [prompt.removeprefix(f"{TRIGGER} emoji of ") for prompt in prompts]
     first = slice(IN_THE_GRID)
-    title = f"Held-out concepts, never trained on; strength {STRENGTH}"
+    title = "Held-out concepts, never trained on"
     grid = before_after_grid(before[first], after[first], labels[first], title)
     path = trained.path / "before-after.png"
     with atomic_file(path) as temporary:

@@ -133,6 +133,15 @@ def colour_layout(images: Tensor, size: int = 16) -> Tensor:
     return adaptive_avg_pool2d((images.float() + 1) / 2, size)
 
 
+def light_layout(images: Tensor, size: int = 16) -> Tensor:
+    """Where it is lighter and darker than on the average, [N, size * size] of mean 0 and deviation 1.
+
+    Blind to colour and contrast, which a style may change as it likes: what is left is the thing that is drawn.
+    """
+    light = colour_layout(images, size).mean(1).flatten(1)
+    return (light - light.mean(1, keepdim=True)) / light.std(1, keepdim=True).clamp_min(1e-6)
+
+
 def colour_layout_distance(generated: Tensor, true: Tensor) -> Tensor:
     """Distance of each generated picture to the true picture of the same concept: [N].
 
@@ -182,8 +191,10 @@ class StyleScore:
     layout_base: float  # colour-layout distance to the true target picture without the LoRA, 0 to 1
     layout_lora: float  # the same with it
     layout_wrong: float | None = None  # with the LoRA, to the true pictures of other concepts
-    retrieval_base: float | None = None  # share found among true pictures of the base's style without the LoRA
-    retrieval_lora: float | None = None  # the same among true pictures of the target style with it
+    retrieval_base: float | None = (
+        None  # share whose true picture is among the nearest by light layout, without the LoRA
+    )
+    retrieval_lora: float | None = None  # the same with it
 
     @property
     def style_gain(self) -> float:
@@ -209,7 +220,7 @@ class StyleScore:
             lines.append(f"For scale: distance to the true pictures of other concepts is {self.layout_wrong:.3f}.")
         if self.retrieval_base is not None and self.retrieval_lora is not None:
             lines.append(
-                f"The true picture of the concept is among the {RETRIEVED} nearest for {self.retrieval_base:.0%} "
-                f"without the LoRA, and for {self.retrieval_lora:.0%} with it."
+                f"Same things: by light and dark, the concept's own picture is among the {RETRIEVED} nearest for "
+                f"{self.retrieval_base:.0%} without the LoRA, {self.retrieval_lora:.0%} with it."
             )
         return lines
