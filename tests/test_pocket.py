@@ -9,6 +9,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ MEGABYTE = 1_000_000
 
 
 def test_plain_diffusers_loads_and_draws_it():
-    pipeline = StableDiffusionPipeline.from_pretrained(POCKET)
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(POCKET)
     pipeline.set_progress_bar_config(disable=True)
     (image,) = pipeline("emoji of dog face", num_inference_steps=2, height=64, width=64).images
     assert image.size == (64, 64)

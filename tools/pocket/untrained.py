@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -15,7 +16,7 @@ WIDTH = 128
 TOKENS = 24
 """Longest caption, so that pipelines pad to no more than what the base was trained on."""
 
-UNET = {
+UNET: dict[str, Any] = {
     "sample_size": 16,
     "in_channels": 4,
     "out_channels": 4,
@@ -28,7 +29,7 @@ UNET = {
     "attention_head_dim": 4,  # the number of heads, by an old mistake in diffusers
     "norm_num_groups": 32,
 }
-TEXT_ENCODER = {
+TEXT_ENCODER: dict[str, Any] = {
     "vocab_size": 49408,
     "hidden_size": WIDTH,
     "intermediate_size": 4 * WIDTH,
@@ -40,7 +41,7 @@ TEXT_ENCODER = {
     "eos_token_id": 49407,
     "pad_token_id": 49407,
 }
-SCHEDULER = {
+SCHEDULER: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -55,7 +56,7 @@ def write_untrained(folder: Path, vae: AutoencoderKL, seed: int) -> None:
     torch.manual_seed(seed)
     pipeline = StableDiffusionPipeline(
         vae=vae,
-        unet=UNet2DConditionModel(**UNET),  # pyright: ignore[reportArgumentType]
+        unet=UNet2DConditionModel(**UNET),
         text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER)),
         tokenizer=CLIPTokenizer.from_pretrained(POCKET / "tokenizer", model_max_length=TOKENS),
         scheduler=DDIMScheduler(**SCHEDULER),  # pyright: ignore[reportArgumentType]
