@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lorasmith.trainer.checkpoint import (
     Checkpoint,
@@ -619,3 +620,14 @@ def test_a_resume_that_was_refused_leaves_the_last_word(tmp_path: Path, word, st
     assert run.status().state == state
     log.append(Step(4, 16, 0.1, 0.1, {"unet": 1e-4}, 0.1))
     assert run.status().state == "interrupted"
+
+
+def test_a_file_may_be_read_by_whom_any_new_file_may(tmp_path: Path):
+    """safetensors writes files that only their owner can read; a web interface may run as another user."""
+    (tmp_path / "plain").touch()
+    with atomic_file(tmp_path / "a.safetensors") as temporary:
+        save_file({"x": torch.zeros(1)}, temporary)
+    with atomic_folder(tmp_path / "folder") as temporary:
+        save_file({"x": torch.zeros(1)}, temporary / "b.safetensors")
+    modes = {(tmp_path / name).stat().st_mode for name in ("plain", "a.safetensors", "folder/b.safetensors")}
+    assert len(modes) == 1

@@ -23,7 +23,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        flush_to_disk(temporary)
+        _finish(temporary)
         _rename(temporary.replace, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -44,12 +44,22 @@ def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                flush_to_disk(file)
+                _finish(file)
         if replace:
             shutil.rmtree(path, ignore_errors=True)
         _rename(temporary.rename, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _finish(file: Path) -> None:
+    """On disk, and with the permissions of any new file: safetensors lets nobody but its writer read what it writes."""
+    file.chmod(0o666 & ~_UMASK)
+    flush_to_disk(file)
+
+
+_UMASK = os.umask(0)  # it can be read only by setting it
+os.umask(_UMASK)
 
 
 def write_text(path: Path, text: str) -> None:
