@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,8 @@ def test_a_whole_model_comes_out_that_diffusers_loads(finished):
     pipeline = StableDiffusionPipeline.from_pretrained(finished / "exports" / "short-diffusers")
     for name, weight in pipeline.unet.named_parameters():
         assert torch.equal(weight, live[f"unet.{name}"].half().float()), name
+    tokenizer = json.loads((finished / "exports/short-diffusers/tokenizer/tokenizer.json").read_text(encoding="utf-8"))
+    assert (tokenizer["truncation"], tokenizer["padding"]) == (None, None)
     file = LoraFile.open(finished / "exports" / "short.safetensors")
     assert file.metadata["modelspec.architecture"] == "stable-diffusion-v1"
     card = (finished / "exports" / "short.md").read_text(encoding="utf-8")

@@ -388,7 +388,7 @@ def test_a_weight_that_is_not_finite_is_named(pocket: Base, save: Any, tmp_path:
     with pytest.raises(ExportError, match=r"unet\.conv_in\.weight: is beyond the range of fp16"):
         save(pocket, path, "fp16")
     pocket.vae.quant_conv.bias.data[0] = torch.nan
-    with pytest.raises(ExportError, match=r"vae\.quant_conv\.bias: holds NaN"):
+    with pytest.raises(ExportError, match=r"vae\.quant_conv\.bias: holds what is no number"):
         save(pocket, path, "fp32")
     assert not list(tmp_path.iterdir())
 

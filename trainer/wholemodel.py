@@ -219,6 +219,8 @@ def _write_folder(
                 save_file(weights[name], file, {"format": "pt"})
                 _require_same({name: load_file(file)}, {name: weights[name]})
         for name, tokenizer in tokenizers.items():
+            tokenizer.backend_tokenizer.no_truncation()  # what it was last used with is no part of the model
+            tokenizer.backend_tokenizer.no_padding()
             tokenizer.save_pretrained(temporary / name)
             tokenizer.backend_tokenizer.model.save(str(temporary / name))  # the files that transformers 4 reads
 
