@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from PIL import Image
 from torch import Tensor
@@ -25,6 +24,7 @@ from lorasmith.trainer.sample import Drawing, contact_sheet, draw
 from lorasmith.trainer.score import colour_layout, pass_through, recall_at, retrieval_ranks
 
 from .sources import Sources
+from .vae import latents_of
 from .world import PREFIX, SHEET
 
 SEED = 7
@@ -100,7 +100,7 @@ def measure(base: Base, sources: Sources, concepts: int, seeds: int) -> Measure:
         seed = SEED + 100_000 * number
         drawn = to_tensor(draw(base, prompts, drawing(base, seed)))
         layout = retrieval_ranks(colour_layout(drawn), colour_layout(gallery), rows)
-        latents = retrieval_ranks(latents_of(base, drawn), latents_of(base, gallery), rows)
+        latents = retrieval_ranks(latents_of(base.vae, drawn), latents_of(base.vae, gallery), rows)
         shares = [recall_at(ranks, first) for ranks in (layout, latents) for first in (1, 5)]
         retrieval.append(Retrieval(seed, *(round(share, 4) for share in shares)))
         print(retrieval[-1])
@@ -110,12 +110,6 @@ def measure(base: Base, sources: Sources, concepts: int, seeds: int) -> Measure:
 def vae_error(base: Base, pictures: Tensor) -> float:
     """Mean absolute error of a pixel after encoding and decoding; 1 is white for black."""
     return round((pass_through(base.vae, pictures) - pictures).abs().mean().item() / 2, 4)
-
-
-@torch.no_grad()
-def latents_of(base: Base, pictures: Tensor) -> Tensor:
-    """The posteriors' means, (N, 4, H / 4, W / 4)."""
-    return torch.cat([base.vae.encode(batch, return_dict=False)[0].mode() for batch in pictures.split(64)])
 
 
 if __name__ == "__main__":

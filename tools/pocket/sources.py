@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
+from lorasmith.trainer.demo import to_tensor
 from lorasmith.trainer.files import atomic_file
 
 SIDE = 64
@@ -116,12 +115,7 @@ class Sources:
         files = [emoji.file for emoji in self.emoji()]
         fluent = (self._fluent.get(f"package/assets/{Path(file).stem}.webp") for file in files)
         pictures = [*map(self.noto, files), *(_on_white(data) for data in fluent if data)]
-        return torch.stack([to_tensor(picture) for picture in pictures])
-
-
-def to_tensor(picture: Image.Image) -> Tensor:
-    """An RGB picture as (3, H, W) in -1 to 1."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+        return to_tensor(pictures)
 
 
 def _noto_file(file: str) -> str:

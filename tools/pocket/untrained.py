@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from lorasmith.trainer.architectures import ARCHITECTURES
 from lorasmith.trainer.bases import POCKET
 
 WIDTH = 128
@@ -41,14 +42,6 @@ TEXT_ENCODER: dict[str, Any] = {
     "eos_token_id": 49407,
     "pad_token_id": 49407,
 }
-SCHEDULER: dict[str, Any] = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 
 
 def write_untrained(folder: Path, vae: AutoencoderKL, seed: int) -> None:
@@ -59,7 +52,7 @@ def write_untrained(folder: Path, vae: AutoencoderKL, seed: int) -> None:
         unet=UNet2DConditionModel(**UNET),
         text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER)),
         tokenizer=CLIPTokenizer.from_pretrained(POCKET / "tokenizer", model_max_length=TOKENS),
-        scheduler=DDIMScheduler(**SCHEDULER),  # pyright: ignore[reportArgumentType]
+        scheduler=DDIMScheduler(**ARCHITECTURES["sd15"]["scheduler"]),  # pyright: ignore[reportArgumentType]
         safety_checker=None,  # pyright: ignore[reportArgumentType]
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,

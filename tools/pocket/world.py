@@ -14,10 +14,10 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from lorasmith.trainer.bases import POCKET
-from lorasmith.trainer.demo import EXAMPLES
+from lorasmith.trainer.demo import EXAMPLES, to_tensor
 from lorasmith.trainer.score import colour_layout_distance
 
-from .sources import SIDE, Emoji, Sources, to_tensor
+from .sources import SIDE, Emoji, Sources
 
 CONCEPTS = {
     "Smileys & Emotion": 70,
@@ -54,12 +54,13 @@ def choose_world(sources: Sources) -> list[Emoji]:
     subcategories in turn, so that none is left out.
     """
     measured = {file.stem for file in (EXAMPLES / "measure" / "base").glob("*.webp")}
-    needed = {e for e in sources.emoji() if e.name in SHEET or Path(e.file).stem in measured}
+    everything = sources.emoji()
+    needed = [e for e in everything if e.name in SHEET or Path(e.file).stem in measured]
     chosen: list[Emoji] = []
     pictures = torch.empty(0, 3, SIDE, SIDE)
     room = Counter(CONCEPTS)
-    for emoji in [*sorted(needed, key=lambda e: e.order), *in_turn(e for e in sources.emoji() if e not in needed)]:
-        picture = to_tensor(sources.noto(emoji.file))[None]
+    for emoji in [*needed, *in_turn(e for e in everything if e not in needed)]:
+        picture = to_tensor([sources.noto(emoji.file)])
         alike = len(chosen) and colour_layout_distance(pictures, picture).min() < LEAST_DISTANCE
         if emoji in needed or (room[emoji.category] > 0 and not alike):
             chosen.append(emoji)
