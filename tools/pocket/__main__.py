@@ -28,7 +28,7 @@ from .world import PREFIX, SHOWN, choose_world, write_datasets
 
 SEED = 0
 NAME = "pocket"
-VAE_STEPS = 1900
+VAE_STEPS = 2400
 CAPTION_DROPOUT = 0.1
 
 

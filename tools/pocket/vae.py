@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from torch.nn.functional import l1_loss
+from torch.nn.functional import avg_pool2d, l1_loss
 
 ARCHITECTURE = {
     "in_channels": 3,
@@ -21,12 +21,14 @@ ARCHITECTURE = {
     "norm_num_groups": 16,
     "sample_size": 64,
 }
+FACTOR = 4
 BATCH = 16
 LR = 1e-3
 WARMUP = 100
-KL_WEIGHT = (
-    1e-7  # at 1e-6 and twice the rate, one of the four channels went silent in the first steps and never came back
-)
+KL_WEIGHT = 1e-7
+FIRST_LOG_VARIANCE = -6.0
+"""Of the posterior at the start. From 0, where the noise is louder than the picture, the decoder learns not to listen to
+some channels in the first steps, and they stay silent for ever."""
 Tell = Callable[[str], None]
 RECOLOURED = 0.4
 """Share of pictures shown in other colours, so that the VAE can also draw styles that none of its pictures has."""
@@ -35,7 +37,10 @@ RECOLOURED = 0.4
 def new_vae(seed: int) -> AutoencoderKL:
     """The VAE with random weights."""
     torch.manual_seed(seed)
-    return AutoencoderKL(**ARCHITECTURE)  # pyright: ignore[reportArgumentType]
+    vae = AutoencoderKL(**ARCHITECTURE)  # pyright: ignore[reportArgumentType]
+    channels = vae.config["latent_channels"]
+    nn.init.constant_(vae.quant_conv.bias[channels:], FIRST_LOG_VARIANCE)  # pyright: ignore
+    return vae
 
 
 def train_vae(vae: AutoencoderKL, pictures: Tensor, steps: int, seed: int, tell: Tell) -> None:
@@ -69,17 +74,22 @@ def _train(
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if (step + 1) % 100 == 0:
-            tell(f"VAE: step {step + 1} of {steps}, loss {loss.item():.4f}")
+            spread = ", ".join(f"{std:.2f}" for std in latents_of(vae, chosen).std((0, 2, 3)).tolist())
+            tell(f"VAE: step {step + 1} of {steps}, loss {loss.item():.4f}, spread of each latent channel {spread}")
     vae.eval().requires_grad_(False)
 
 
 def reconstruction_loss(vae: AutoencoderKL, pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """L1 of pixels and of their differences to the neighbours, and a faint KL term (Rombach et al. 2022)."""
+    """L1 of pixels, of their differences to the neighbours and of the colours of areas; a faint KL term.
+
+    The KL-regularised autoencoder of Rombach et al. 2022; its perceptual and adversarial terms would need other models.
+    """
     with torch.autocast("cpu", torch.bfloat16):
         posterior = vae.encode(pictures, return_dict=False)[0]
         decoded = vae.decode(posterior.sample(generator), return_dict=False)[0].float()  # pyright: ignore
     edges = sum(l1_loss(decoded.diff(dim=axis), pictures.diff(dim=axis)) for axis in (2, 3))
-    return l1_loss(decoded, pictures) + edges + KL_WEIGHT * posterior.kl().mean()
+    areas = l1_loss(avg_pool2d(decoded, FACTOR), avg_pool2d(pictures, FACTOR))
+    return l1_loss(decoded, pictures) + edges + areas + KL_WEIGHT * posterior.kl().mean()
 
 
 def augmented(pictures: Tensor, generator: torch.Generator) -> Tensor:
