@@ -1,36 +1,42 @@
-"""A folder of images to a list of items: caption, repeats, size, what was done to each. Nothing is skipped silently.
+"""A folder of images to a list of items: captions, repeats, mask, size, what was done to each. Nothing is skipped
+silently.
 
-Captions come from `<image>.txt` or `<image>.caption` beside an image, from Hugging Face's `metadata.jsonl`
-(`file_name` and `text`), or, for kohya's `10_name` folders, from the folder's name.
+`sidecars.py` finds the captions; for kohya's `10_name` folders the folder's name is the caption of images without one.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..trainer.errors import DataError, Problem
 from ..trainer.files import sha256_of
 from .captions import tidy
-from .images import IMAGE_SUFFIXES, UNREAD_IMAGES, UnreadableImageError, read_rgb
+from .images import IMAGE_SUFFIXES, LAID_ON_WHITE, UNREAD_IMAGES, UnreadableImageError, read_rgb
+from .masks import (
+    Mask,
+    MaskFrom,
+    check_mask,
+    is_mask,
+    masks_by_image,
+    masks_taken_for_pictures,
+    read_mask_facts,
+    sound_masks,
+)
+from .sidecars import Caption, Lines, Sidecars, cannot_be_read
+from .workers import Progress, map_files
 
-SIDECAR_SUFFIXES = (".txt", ".caption")
-UNREAD_SIDECARS = (".json", ".tags", ".cap", ".captions")
-METADATA = "metadata.jsonl"
-UNREAD_METADATA = ("metadata.csv", "metadata.parquet")
 MOST_REPEATS = 500
-_ABOUT_THE_FOLDER = {"readme", "license", "licence", "notice", "copying", "attribution", "credits", "requirements"}
 _REPEATS = re.compile(r"(\d+)_(.+)")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image with its caption."""
+    """One image with its captions."""
 
     path: Path
     sha256: str
@@ -38,43 +44,98 @@ class Item:
     width: int
     height: int
     """Upright size in pixels, after EXIF orientation."""
-    caption: str
-    """As found, before the trigger word; may be empty."""
+    captions: tuple[str, ...]
+    """As found, before any rule; at least one, which may be empty. Several are variants of one another."""
     source: str
     """Where the caption comes from, e.g. `cat.txt`, `metadata.jsonl line 3`, `folder name`, or `none`."""
+    machine: bool = False
+    """Whether a machine wrote the caption, and nobody has changed it since."""
+    transparent: bool = False
+    mask: Mask | None = None
     repeats: int = 1
     notes: tuple[str, ...] = ()
     """What was done to the image, e.g. `rotated by EXIF orientation 6`."""
 
+    @property
+    def caption(self) -> str:
+        """The first variant."""
+        return self.captions[0]
 
-def scan(folder: Path) -> list[Item]:
+
+@dataclass(frozen=True)
+class Found:
+    """What lies in a folder: the images that can be used, and everything that cannot."""
+
+    items: list[Item]
+    problems: list[Problem]
+
+
+def scan(folder: Path, lines: Lines = "join", mask: MaskFrom = "files", progress: Progress | None = None) -> list[Item]:
     """All images under a folder, sorted by path.
 
     Raises:
         DataError: every unusable file at once: no folder, no images, unreadable images, captions that would be ignored.
+    """
+    found = look(folder, lines, mask, progress)
+    if found.problems:
+        raise DataError.of(found.problems)
+    return found.items
+
+
+def look(folder: Path, lines: Lines = "join", mask: MaskFrom = "files", progress: Progress | None = None) -> Found:
+    """All images under a folder that can be used, sorted by path, and all problems.
+
+    Raises:
+        DataError: if there is no such folder.
     """
     if not folder.is_dir():
         what = "is a file, not a folder of images" if folder.is_file() else "there is no such folder"
         raise DataError(what, str(folder), "Set data.path to the folder that holds your images.")
     problems: list[Problem] = []
     files = sorted(_walk(folder, problems))
-    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    masks = [file for file in pictures if mask == "files" and is_mask(folder, file)]
+    images = sorted(set(pictures) - set(masks))
     if not images:
-        raise DataError.of([_no_images(folder, files), *problems])
+        return Found([], [_no_images(folder, files), *problems])
     problems += _ignored(folder, files, images)
-    captions = _Captions(images, problems).read(files)
-    items = [item for image in images if (item := _item(folder, image, captions.get(image), problems))]
-    if problems:
-        raise DataError.of(problems)
-    return items
+    if mask != "files":
+        problems += masks_taken_for_pictures(folder, images)
+    by_image = masks_by_image(folder, images, masks, problems)
+    facts = dict(zip(masks, map_files(read_mask_facts, masks), strict=True))
+    captions = Sidecars(images, lines, problems).read(files)
+    known = _Known(folder, captions, sound_masks(by_image, facts, problems))
+    items: list[Item] = []
+    for pixels in map_files(read_pixels_of, images, progress):
+        if isinstance(pixels, Problem):
+            problems.append(pixels)
+            continue
+        item = known.item(pixels)
+        if item.mask and (wrong := check_mask(item.mask, item.width, item.height)):
+            problems.append(wrong)
+        items.append(item)
+    return Found(items, problems)
 
 
 def _walk(folder: Path, problems: list[Problem]) -> list[Path]:
-    """All files, without hidden ones and the folders that systems and tools leave behind; each folder once."""
+    """All files, without hidden ones and the folders that systems and tools leave behind; each folder once.
+
+    A link that leads out of the folder is a problem: what lies there may change, or may not be meant to be read.
+    """
 
     def cannot_open(error: OSError) -> None:
         problems.append(Problem(str(error.filename), f"cannot be opened ({error.strerror})", "Change its permissions."))
 
+    def stays_inside(path: Path) -> bool:
+        if not path.is_symlink() or path.resolve().is_relative_to(root):
+            return True
+        what = f"is a link that leads out of the folder, to {path.resolve()}"
+        problems.append(
+            Problem(str(path), what, "Put a copy in its place, or name that folder in a [[data]] of its own.")
+        )
+        return False
+
+    root = folder.resolve()
     found: list[Path] = []
     visited: set[str] = set()
     for parent, folders, names in os.walk(folder, onerror=cannot_open, followlinks=True):
@@ -83,8 +144,10 @@ def _walk(folder: Path, problems: list[Problem]) -> list[Path]:
             folders.clear()
             continue
         visited.add(place)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "@")) and name != "__MACOSX")
-        found += [Path(parent, name) for name in names if not name.startswith(".") and name != "Thumbs.db"]
+        inner = [name for name in folders if not name.startswith((".", "@")) and name != "__MACOSX"]
+        folders[:] = sorted(name for name in inner if stays_inside(Path(parent, name)))
+        plain = [Path(parent, name) for name in names if not name.startswith(".") and name != "Thumbs.db"]
+        found += [file for file in plain if stays_inside(file)]
     return found
 
 
@@ -102,12 +165,6 @@ def _ignored(folder: Path, files: list[Path], images: list[Path]) -> Iterator[Pr
             yield Problem(
                 str(file), "is a kind of image that is not read", "Save it as PNG or JPEG, or move it elsewhere."
             )
-        elif file.name in UNREAD_METADATA:
-            yield Problem(
-                str(file),
-                f"looks like captions, but {file.suffix} tables are not read",
-                f"Write them to {METADATA}, or to a .txt file beside each image; then remove it.",
-            )
     kohya_folders = {kohya for image in images if (kohya := _kohya_folder(folder, image))}
     for kohya in sorted(kohya for kohya in kohya_folders if _repeats_of(kohya) == 0):
         yield Problem(
@@ -117,29 +174,54 @@ def _ignored(folder: Path, files: list[Path], images: list[Path]) -> Iterator[Pr
         )
 
 
-def _item(folder: Path, image: Path, caption: tuple[str, str] | None, problems: list[Problem]) -> Item | None:
-    """An image with all that is known of it; or None, with its problem added to the list."""
+@dataclass(frozen=True)
+class Pixels:
+    """What decoding an image tells of it."""
+
+    path: Path
+    sha256: str
+    width: int
+    height: int
+    transparent: bool
+    notes: tuple[str, ...]
+
+
+def read_pixels_of(image: Path) -> Pixels | Problem:
+    """Decode an image to the last pixel, so that nothing fails later; importable, for worker processes."""
     try:
         sha256, (picture, notes) = sha256_of(image), read_rgb(image)
     except UnreadableImageError as error:
-        problems.append(Problem(str(image), f"cannot be read as an image ({error})", "Save it again or remove it."))
-        return None
+        return Problem(str(image), f"cannot be read as an image ({error})", "Save it again or remove it.")
     except OSError as error:
-        problems.append(_cannot_be_read(image, error))
-        return None
-    kohya = _kohya_folder(folder, image)
-    class_name = tidy(kohya.name.partition("_")[2].replace("_", " ")) if kohya else ""
-    text, source = caption or (class_name, "folder name" if class_name else "none")
-    return Item(
-        path=image,
-        sha256=sha256,
-        width=picture.width,
-        height=picture.height,
-        caption=text,
-        source=source,
-        repeats=_repeats_of(kohya) if kohya else 1,
-        notes=notes,
-    )
+        return cannot_be_read(image, error)
+    return Pixels(image, sha256, picture.width, picture.height, LAID_ON_WHITE in notes, notes)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known of a folder's images apart from their pixels."""
+
+    folder: Path
+    captions: dict[Path, Caption]
+    masks: dict[Path, Mask]
+
+    def item(self, pixels: Pixels) -> Item:
+        kohya = _kohya_folder(self.folder, pixels.path)
+        class_name = tidy(kohya.name.partition("_")[2].replace("_", " ")) if kohya else ""
+        caption = self.captions.get(pixels.path) or Caption((class_name,), "folder name" if class_name else "none")
+        return Item(
+            path=pixels.path,
+            sha256=pixels.sha256,
+            width=pixels.width,
+            height=pixels.height,
+            captions=caption.texts,
+            source=caption.source,
+            machine=caption.machine,
+            transparent=pixels.transparent,
+            mask=self.masks.get(pixels.path),
+            repeats=_repeats_of(kohya) if kohya else 1,
+            notes=pixels.notes,
+        )
 
 
 def _kohya_folder(folder: Path, image: Path) -> Path | None:
@@ -157,104 +239,3 @@ def _kohya_folder(folder: Path, image: Path) -> Path | None:
 
 def _repeats_of(kohya_folder: Path) -> int:
     return int(kohya_folder.name.partition("_")[0])
-
-
-def _cannot_be_read(file: Path, error: OSError) -> Problem:
-    return Problem(str(file), f"cannot be read ({error.strerror})", "Change its permissions or remove it.")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# captions
-
-
-class _Captions:
-    """Captions by image as (text, source); what would have been ignored is added to the list of problems."""
-
-    def __init__(self, images: Iterable[Path], problems: list[Problem]) -> None:
-        self.problems = problems
-        self.found: dict[Path, tuple[str, str]] = {}
-        self.by_path: dict[str, Path] = {}
-        self.by_stem: dict[Path, list[Path]] = {}
-        for image in images:
-            self.by_path[os.path.normpath(image)] = image
-            self.by_stem.setdefault(image.with_suffix(""), []).append(image)
-
-    def read(self, files: list[Path]) -> dict[Path, tuple[str, str]]:
-        """The captions that metadata and sidecars hold."""
-        for file in files:
-            if file.name == METADATA:
-                self._read_metadata(file)
-        for file in files:
-            suffix, owners = file.suffix.lower(), self._owners(file)
-            if suffix in SIDECAR_SUFFIXES and owners:
-                self._read_sidecar(file, owners)
-            elif suffix in SIDECAR_SUFFIXES and file.stem.lower() not in _ABOUT_THE_FOLDER:
-                self._problem(
-                    file,
-                    "is a caption without an image, so it would be ignored",
-                    "Give it the name of its image, or remove it.",
-                )
-            elif suffix in UNREAD_SIDECARS and owners:
-                self._problem(
-                    file,
-                    f"looks like a caption, but {suffix} files are not read",
-                    "Move its text to a .txt file, or remove it.",
-                )
-        return self.found
-
-    def _owners(self, sidecar: Path) -> list[Path]:
-        """The image whose whole name stands before the sidecar's suffix, as in `a.png.txt`; or all of its stem."""
-        name = sidecar.with_suffix("")
-        exact = self.by_path.get(os.path.normpath(name))
-        return [exact] if exact else self.by_stem.get(name, [])
-
-    def _read_sidecar(self, file: Path, owners: list[Path]) -> None:
-        text = self._text(file)
-        if text is None:
-            return
-        for image in owners:
-            if image in self.found:
-                self._problem(
-                    file,
-                    f"{image.name} has a caption in {self.found[image][1]} already",
-                    "Keep one of the two; the other would be ignored.",
-                )
-            else:
-                self.found[image] = (tidy(text), file.name)
-
-    def _read_metadata(self, file: Path) -> None:
-        """Hugging Face imagefolder: one JSON object a line with `file_name` and `text`."""
-        for number, line in enumerate((self._text(file) or "").split("\n"), start=1):
-            if line.strip():
-                self._read_row(file, number, line)
-
-    def _read_row(self, file: Path, number: int, line: str) -> None:
-        where = f"{file} line {number}"
-        try:
-            row = json.loads(line)
-            name, text = row["file_name"], row.get("text", row.get("caption"))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            self._problem(where, "is not a JSON object with a file_name", "Mend or remove the line.")
-            return
-        image = self.by_path.get(os.path.normpath(file.parent / str(name)))
-        if image is None:
-            self._problem(where, f"names {name!r}, which is no image here", "Mend or remove the line.")
-        elif not isinstance(text, str):
-            self._problem(where, 'has no "text"', 'Add "text": "the caption".')
-        elif image in self.found:
-            self._problem(where, f"is a second caption for {name}", "Keep one of the two.")
-        else:
-            self.found[image] = (tidy(text), f"{METADATA} line {number}")
-
-    def _text(self, file: Path) -> str | None:
-        """What a text file holds; None, with a problem, if it cannot be read."""
-        try:
-            return file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            self._problem(file, f"is not UTF-8 text ({error.reason} at byte {error.start})", "Save it as UTF-8.")
-        except OSError as error:
-            self.problems.append(_cannot_be_read(file, error))
-        return None
-
-    def _problem(self, where: Path | str, what: str, fix: str) -> None:
-        self.problems.append(Problem(str(where), what, fix))

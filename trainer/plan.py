@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from ..datasets.buckets import BatchOrder, images_by_step
 from ..datasets.dataset import Example, Source, bucket_counts, dataset_fingerprint, load_examples, tag_frequency
-from ..datasets.folder import METADATA
+from ..datasets.sidecars import METADATA
 from .bases import BaseInfo, inspect_base
 from .config import RunConfig
 from .errors import ConfigError, LorasmithError, Problem, UserError, first_line
@@ -288,7 +288,8 @@ def _kind_of_source(example: Example) -> str:
         return "empty caption file" if not example.caption else "trigger alone (empty caption file)"
     if source == "folder name":
         return source
-    return METADATA if source.startswith(f"{METADATA} line ") else "*" + Path(source).suffix
+    table = source.partition(" line ")[0]
+    return table if table in METADATA else "*" + Path(source).suffix
 
 
 def _images(count: int) -> str:
