@@ -1,18 +1,22 @@
-"""Latents and text embeddings on disk, keyed by all they depend on: an entry is right or absent, not stale.
+"""Latents, loss masks and text embeddings on disk, keyed by all they depend on: an entry is right or absent.
 
-The key of latents is a hash of the image file's bytes, the resize and crop, the VAE's weights and `CODE_VERSION`; of
-embeddings it is a hash of the caption and the text encoders' weights. Entries live outside the dataset folder, and may
-be deleted at any time.
+The key of latents is a hash of the image file's bytes, the view, the VAE's weights and `CODE_VERSION`; that of a mask
+is one of its file's bytes and the view; of embeddings, of the caption and the text encoders' weights. Entries live
+outside the dataset folder, and may be deleted at any time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,16 +24,21 @@ from torch import Tensor
 
 from ..trainer.errors import DataError
 from ..trainer.files import atomic_file, sha256_of
-from .dataset import Example, read_pixels
+from .dataset import Example, Showing, read_mask, read_pixels
+from .views import View
+from .workers import Progress
 
 if TYPE_CHECKING:
     from ..trainer.models import Base, Conditions
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raise it when the same image would give other latents, or the same caption other embeddings."""
 
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
+_PIXELS_AT_ONCE = 4 * 1024 * 1024
+"""Pictures of one size are encoded together up to so many pixels, on a GPU. On a CPU it would gain nothing, and the last
+bits of a picture's latents would depend on its neighbours, so that an interrupted run could not be repeated exactly."""
+_READERS = 2
+"""Threads that decode the next pictures while these are encoded."""
 
 
 class Cache:
@@ -55,61 +64,130 @@ class Cache:
 
 
 class LatentCache:
-    """The VAE's posterior of each image: mean and standard deviation, so that each step can draw a fresh sample."""
+    """The VAE's posterior of each view of each image: mean and standard deviation, so that each step can draw a fresh
+    sample."""
 
     def __init__(self, folder: Path, vae_fingerprint: str) -> None:
         self.cache = Cache(folder / "latents")
         self.vae_fingerprint = vae_fingerprint
 
-    def path(self, example: Example) -> Path:
-        fit = example.fit
-        crop = [*fit.resized, *fit.bucket, fit.crop_left, fit.crop_top]
-        return self.cache.path(example.item.sha256, crop, self.vae_fingerprint)
+    def path(self, example: Example, view: View) -> Path:
+        return self.cache.path(example.item.sha256, *_geometry(view), astuple(view.colours), self.vae_fingerprint)
 
     def fill(self, base: Base, examples: Sequence[Example], progress: Progress) -> int:
-        """Encode what is missing; returns how many images were encoded.
+        """Encode what is missing, pictures of one size together; returns how many were encoded.
 
         Raises:
             DataError: if an image has changed since it was scanned, or its latents are not finite.
         """
-        encoded = 0
-        for done, example in enumerate(examples):
-            progress(done, len(examples))
-            if self.cache.read(self.path(example)) is None:
-                entry = encode_image(base, example)
-                _check_unchanged(example)
-                self.cache.write(self.path(example), entry)
-                encoded += 1
-        progress(len(examples), len(examples))
-        return encoded
+        views = [(example, view) for example in examples for view in example.views]
+        missing = [pair for pair in views if self.cache.read(self.path(*pair)) is None]
+        present = len(views) - len(missing)
+        progress(present, len(views))
+        with ThreadPoolExecutor(_READERS) as readers:
+            batches = list(batches_of_one_size(missing, 0 if base.device.type == "cpu" else _PIXELS_AT_ONCE))
+            coming = [readers.submit(_pixels_of, batch) for batch in batches[:_READERS]]
+            for number, batch in enumerate(batches):
+                pixels = coming.pop(0).result()
+                if number + _READERS < len(batches):
+                    coming.append(readers.submit(_pixels_of, batches[number + _READERS]))
+                for (example, view), entry in zip(batch, encode(base, batch, pixels), strict=True):
+                    _check_unchanged(example.item.path, example.item.sha256)
+                    self.cache.write(self.path(example, view), entry)
+                present += len(batch)
+                progress(present, len(views))
+        return len(missing)
 
-    def read(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    def read(self, showings: Sequence[Showing]) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of a batch that shares a bucket, each (batch, 4, h, w), unscaled."""
-        entries = [self.cache.read(self.path(example)) for example in examples]
-        for entry, example in zip(entries, examples, strict=True):
+        entries = [self.cache.read(self.path(shown.example, shown.view)) for shown in showings]
+        for entry, shown in zip(entries, showings, strict=True):
             if entry is None:
                 raise DataError(
-                    "its cached latents have gone", str(example.item.path), "Resume the run to make them anew."
+                    "its cached latents have gone", str(shown.example.item.path), "Resume the run to make them anew."
                 )
         present = [entry for entry in entries if entry is not None]
         return torch.stack([entry["mean"] for entry in present]), torch.stack([entry["std"] for entry in present])
 
 
-def encode_image(base: Base, example: Example) -> dict[str, Tensor]:
-    """The VAE posterior of one image: `mean` and `std`, each (4, h, w), fp32 on the CPU, before the scaling factor."""
-    pixels = torch.from_numpy(read_pixels(example).copy()).permute(2, 0, 1)[None].to(base.vae.device)
+Shown = tuple[Example, View]
+
+
+def batches_of_one_size(views: Sequence[Shown], pixels: int) -> Iterator[list[Shown]]:
+    """Views grouped by their bucket, as many together as have no more than so many pixels; at least one."""
+    by_size = sorted(views, key=lambda pair: pair[1].fit.bucket)
+    for (width, height), group in groupby(by_size, key=lambda pair: pair[1].fit.bucket):
+        alike = list(group)
+        at_once = max(1, pixels // (width * height))
+        yield from (alike[start : start + at_once] for start in range(0, len(alike), at_once))
+
+
+def _pixels_of(batch: Sequence[Shown]) -> np.ndarray:
+    return np.stack([read_pixels(example, view) for example, view in batch])
+
+
+def encode(base: Base, batch: Sequence[Shown], pixels: np.ndarray) -> list[dict[str, Tensor]]:
+    """The VAE posteriors of pictures (batch, H, W, 3) of 8 bit: `mean` and `std` of each, (4, h, w), fp32 on the CPU,
+    before the scaling factor."""
+    scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(base.vae.device).float() / 127.5 - 1
     with torch.no_grad():
-        posterior = base.vae.encode(pixels.float() / 127.5 - 1).latent_dist
-    entry = {"mean": posterior.mean[0].float().cpu().contiguous(), "std": posterior.std[0].float().cpu().contiguous()}
-    if not all(tensor.isfinite().all() for tensor in entry.values()):
-        raise DataError("its latents are not finite", str(example.item.path), "Look at the image, or use another VAE.")
-    return entry
+        posterior = base.vae.encode(scaled).latent_dist
+    means, stds = posterior.mean.float().cpu(), posterior.std.float().cpu()
+    for (example, _), mean, std in zip(batch, means, stds, strict=True):
+        if not (mean.isfinite().all() and std.isfinite().all()):
+            where, fix = str(example.item.path), "Look at the image, or use another VAE."
+            raise DataError("its latents are not finite", where, fix)
+    return [{"mean": mean.contiguous(), "std": std.contiguous()} for mean, std in zip(means.clone(), stds, strict=True)]
 
 
-def _check_unchanged(example: Example) -> None:
+def _geometry(view: View) -> list[object]:
+    return [view.fit.original, view.fit.resized, view.fit.bucket, view.fit.crop_left, view.fit.crop_top, view.flip]
+
+
+def _check_unchanged(file: Path, sha256: str) -> None:
     """The key holds the hash of the bytes that were scanned; other bytes must not be stored under it."""
-    if sha256_of(example.item.path) != example.item.sha256:
-        raise DataError("has changed since it was scanned", str(example.item.path), "Start again.")
+    if sha256_of(file) != sha256:
+        raise DataError("has changed since it was scanned", str(file), "Start again.")
+
+
+class MaskCache:
+    """The loss weight of each latent, for images that have a mask."""
+
+    def __init__(self, folder: Path, factor: int) -> None:
+        self.cache = Cache(folder / "masks")
+        self.factor = factor
+        """Pixels of one latent, along a side."""
+
+    def path(self, example: Example, view: View) -> Path:
+        source = example.item.mask.sha256 if example.item.mask else example.item.sha256
+        return self.cache.path(source, *_geometry(view), self.factor, example.source.unmasked_weight)
+
+    def fill(self, examples: Sequence[Example], progress: Progress) -> int:
+        """Make what is missing; returns how many were made."""
+        views = [(example, view) for example in examples if example.is_masked for view in example.views]
+        missing = [pair for pair in views if self.cache.read(self.path(*pair)) is None]
+        for done, (example, view) in enumerate(missing):
+            progress(done, len(missing))
+            mask = torch.from_numpy(read_mask(example, view, self.factor)).contiguous()
+            if example.item.mask:
+                _check_unchanged(example.item.mask.path, example.item.mask.sha256)
+            self.cache.write(self.path(example, view), {"mask": mask})
+        return len(missing)
+
+    def read(self, showings: Sequence[Showing], shape: torch.Size) -> Tensor | None:
+        """Loss weights (batch, 1, h, w) for latents of this shape, one where an image has no mask; None if none has."""
+        if not any(shown.example.is_masked for shown in showings):
+            return None
+        return torch.stack([self._mask(shown, shape) for shown in showings])
+
+    def _mask(self, shown: Showing, shape: torch.Size) -> Tensor:
+        if not shown.example.is_masked:
+            return torch.ones(1, *shape[-2:])
+        entry = self.cache.read(self.path(shown.example, shown.view))
+        if entry is None:
+            where = str(shown.example.item.path)
+            raise DataError("its cached mask has gone", where, "Resume the run to make it anew.")
+        return entry["mask"][None]
 
 
 class TextCache:
@@ -138,7 +216,7 @@ class TextCache:
 
     def read(self, captions: Sequence[str]) -> Conditions:
         """Conditions of a batch of captions, fp32 on the CPU."""
-        from ..trainer.models import Conditions
+        from ..trainer.models import Conditions, same_length
 
         entries = []
         for caption in captions:
@@ -147,4 +225,4 @@ class TextCache:
                 raise DataError("its cached text embedding has gone", repr(caption), "Resume the run to make it anew.")
             entries.append(entry)
         pooled = torch.stack([entry["pooled"] for entry in entries]) if "pooled" in entries[0] else None
-        return Conditions(torch.stack([entry["hidden"] for entry in entries]), pooled)
+        return Conditions(same_length([entry["hidden"] for entry in entries]), pooled)

@@ -1,22 +1,32 @@
-"""Folders, caption rules and buckets together: what the trainer is shown."""
+"""Folders, caption rules, views and buckets together: what the trainer is shown."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..trainer.errors import DataError, Problem
-from .buckets import Entry, Fit, Size, fit
-from .captions import tags, with_trigger
-from .folder import Item, scan
-from .images import read_rgb
+from .buckets import BucketRules, Entry, Fit, Shot, Size
+from .captions import TRIGGER_PLACE, CaptionRules, caption_variants, has_wildcard, tags
+from .folder import Item, look
+from .images import read_alpha, read_grey, read_rgb
+from .masks import MaskFrom
+from .sidecars import Lines
+from .views import Augmentation, View, show, views_of
+from .workers import Progress
+
+LEAST_SIDE = 16
+"""Pixels. An image with a shorter side has nothing to learn from."""
+MOST_OBLONG = 16
+"""An image longer than so many times its width would lose nearly all of itself to the crop."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +34,28 @@ class Source:
     """One folder and its rules, as a `[[data]]` table gives them."""
 
     path: Path
-    trigger: str
-    weight: float
-    resolution: int
-    caption_dropout: float
+    resolutions: tuple[int, ...]
+    captions: CaptionRules = field(default_factory=CaptionRules)
+    weight: float = 1.0
+    machine_weight: float = 1.0
+    """Multiplies `weight` for images whose caption a machine wrote."""
+    caption_dropout: float = 0.0
+    machine_caption_dropout: float = 0.0
+    """Added to `caption_dropout` for captions that a machine wrote."""
+    lines: Lines = "join"
+    mask: MaskFrom = "files"
+    unmasked_weight: float = 0.0
+    """Weight of the loss where a mask is black."""
+    regularization: bool = False
+    loss_weight: float = 1.0
+    """Of each image; for regularisation images the weight of prior preservation."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    label: str = ""
+    """What the person calls it, if `path` is not what they named."""
+
+    @property
+    def name(self) -> str:
+        return self.label or self.path.name
 
 
 @dataclass(frozen=True)
@@ -36,27 +64,59 @@ class Example:
 
     item: Item
     source: Source
-    caption: str
-    """The final string, with its trigger word."""
-    fit: Fit
+    captions: tuple[str, ...]
+    """The final strings, with their trigger word; each showing takes one."""
+    views: tuple[View, ...]
+    """Each showing takes the next."""
+    name: str = field(default="")
+    """The path below the data folder, with forward slashes."""
 
     @property
-    def name(self) -> str:
-        """The path below the data folder, with forward slashes."""
-        return self.item.path.relative_to(self.source.path).as_posix()
+    def caption(self) -> str:
+        """The first of its captions."""
+        return self.captions[0]
 
     @property
+    def fit(self) -> Fit:
+        """Of the first view."""
+        return self.views[0].fit
+
+    @cached_property
     def entry(self) -> Entry:
-        return Entry(self.fit.bucket, self.item.repeats * self.source.weight)
+        weight = self.source.weight * (self.source.machine_weight if self.item.machine else 1)
+        return Entry(tuple(view.fit.bucket for view in self.views), self.item.repeats * weight)
 
     @property
-    def sizes(self) -> tuple[int, int, int, int, int, int]:
-        """SDXL's size conditions: original height and width, crop top and left, target height and width."""
-        (width, height), (target_width, target_height) = self.fit.original, self.fit.bucket
-        return height, width, self.fit.crop_top, self.fit.crop_left, target_height, target_width
+    def caption_dropout(self) -> float:
+        """How likely the empty caption takes the place of its own."""
+        extra = self.source.machine_caption_dropout if self.item.machine else 0
+        return min(1.0, self.source.caption_dropout + extra)
+
+    @property
+    def is_masked(self) -> bool:
+        return self.item.mask is not None or (self.source.mask == "alpha" and self.item.transparent)
 
 
-def load_examples(sources: Sequence[Source], bucket_step: int) -> list[Example]:
+@dataclass(frozen=True)
+class Showing:
+    """One image as one step sees it."""
+
+    example: Example
+    view: View
+    caption: str
+
+
+def showing(examples: Sequence[Example], shot: Shot) -> Showing:
+    """Views in turn; captions at random, so that no caption stays with one view. The same shot is always the same."""
+    example = examples[shot.image]
+    captions = example.captions
+    number = random.Random(f"{example.item.sha256}/{shot.number}").randrange(len(captions)) if len(captions) > 1 else 0
+    return Showing(example, example.views[shot.number % len(example.views)], captions[number])
+
+
+def load_examples(
+    sources: Sequence[Source], rules: BucketRules, seed: int = 0, progress: Progress | None = None
+) -> list[Example]:
     """Scan all folders.
 
     Raises:
@@ -66,48 +126,105 @@ def load_examples(sources: Sequence[Source], bucket_step: int) -> list[Example]:
     problems: list[Problem] = []
     for source in sources:
         try:
-            examples += [_example(item, source, bucket_step) for item in scan(source.path)]
+            found = look(source.path, source.lines, source.mask, progress)
         except DataError as error:
             problems += error.problems
+            continue
+        problems += [*found.problems, *_unfit(found.items), *_without_effect(source, found.items)]
+        examples += [_example(item, source, rules, f"{seed}/{len(examples) + n}") for n, item in enumerate(found.items)]
     if problems:
         raise DataError.of(problems)
     return examples
 
 
-def _example(item: Item, source: Source, bucket_step: int) -> Example:
+def _example(item: Item, source: Source, rules: BucketRules, seed: str) -> Example:
+    views = views_of(item.width, item.height, source.resolutions, rules, source.augmentation, seed)
+    turn = int(item.sha256[:8], 16) % len(views)  # so that the images of an epoch show different kinds of views
     return Example(
         item=item,
         source=source,
-        caption=with_trigger(item.caption, source.trigger),
-        fit=fit(item.width, item.height, source.resolution, bucket_step),
+        captions=caption_variants(item.captions, source.captions, seed),
+        views=views[turn:] + views[:turn],
+        name=item.path.relative_to(source.path).as_posix(),
     )
 
 
-def read_pixels(example: Example) -> np.ndarray:
-    """The resized and cropped picture: (height, width, 3), 8 bit."""
-    image, _ = read_rgb(example.item.path)
-    left, top, (width, height) = example.fit.crop_left, example.fit.crop_top, example.fit.bucket
-    image = image.resize(example.fit.resized, Image.Resampling.LANCZOS)
-    return np.asarray(image.crop((left, top, left + width, top + height)))
+def _unfit(items: Sequence[Item]) -> Iterator[Problem]:
+    """Images that can be decoded, but not be learned from."""
+    for item in items:
+        short, long = sorted((item.width, item.height))
+        if short < LEAST_SIDE:
+            what = f"is only {item.width} x {item.height} pixels"
+            yield Problem(str(item.path), what, f"Remove it; {LEAST_SIDE} pixels a side are the least.")
+        elif long > MOST_OBLONG * short:
+            what = f"is {item.width} x {item.height} pixels, and nearly all of it would be cropped off"
+            yield Problem(str(item.path), what, "Cut it into parts, or remove it.")
+
+
+def _without_effect(source: Source, items: Sequence[Item]) -> Iterator[Problem]:
+    """Rules that meet nothing they could apply to, and captions that miss a rule."""
+    where, rules = str(source.path), source.captions
+    captions = [caption for item in items for caption in item.captions]
+    if source.mask == "alpha" and items and not any(item.transparent for item in items):
+        yield Problem(where, 'no image is transparent, so data.mask = "alpha" has no effect', "Remove it.")
+    if source.unmasked_weight and items and not any(item.mask or item.transparent for item in items):
+        yield Problem(where, "no image has a mask, so data.unmasked_weight has no effect", "Remove it.")
+    if rules.wildcards and items and not any(map(has_wildcard, captions)):
+        yield Problem(where, "no caption holds a wildcard such as {a|b}, so data.wildcards has no effect", "Remove it.")
+    mark = rules.keep_tokens_separator
+    if mark and items and not any(mark in caption for caption in captions):
+        yield Problem(where, f"no caption holds {mark!r}, so data.keep_tokens_separator has no effect", "Remove it.")
+    if not rules.trigger and any(TRIGGER_PLACE in caption for caption in captions):
+        yield Problem(where, f"captions hold {TRIGGER_PLACE}, but there is no trigger", "Set data.trigger.")
+    machine = [item for item in items if item.machine]
+    if items and not machine:
+        for key, value, usual in (
+            ("machine_weight", source.machine_weight, 1.0),
+            ("machine_caption_dropout", source.machine_caption_dropout, 0.0),
+        ):
+            if value != usual:
+                what = f"no caption was written by a machine, so data.{key} has no effect"
+                yield Problem(where, what, "Remove it.")
+
+
+def read_pixels(example: Example, view: View) -> np.ndarray:
+    """The picture as a view shows it: (height, width, 3), 8 bit."""
+    return np.asarray(show(read_rgb(example.item.path)[0], view))
+
+
+def read_mask(example: Example, view: View, factor: int) -> np.ndarray:
+    """The loss weight of each latent of a masked image, 0 to 1, (height / factor, width / factor): means of areas."""
+    mask = read_grey(example.item.mask.path) if example.item.mask else read_alpha(example.item.path)
+    assert mask is not None, "only for masked images"
+    size = example.fit.original
+    seen = show(mask if mask.size == size else mask.resize(size), view)
+    width, height = seen.size
+    areas = np.asarray(seen, dtype=np.float32).reshape(height // factor, factor, width // factor, factor)
+    floor = example.source.unmasked_weight
+    return floor + (1 - floor) * areas.mean((1, 3)) / 255
 
 
 def bucket_counts(examples: Sequence[Example]) -> dict[Size, int]:
-    """Images in each bucket, fullest first."""
-    return dict(Counter(example.fit.bucket for example in examples).most_common())
+    """Images in each bucket, fullest first; one with several views is counted in the bucket of each resolution."""
+    counts = Counter(bucket for example in examples for bucket in set(example.entry.buckets))
+    return dict(counts.most_common())
 
 
 def tag_frequency(examples: Sequence[Example]) -> dict[str, dict[str, int]]:
     """kohya's `ss_tag_frequency`: for each folder's name, in how many images each tag occurs."""
     frequency: dict[str, Counter[str]] = {}
     for example in examples:
-        frequency.setdefault(example.source.path.name, Counter()).update(set(tags(example.caption)))
+        frequency.setdefault(example.source.name, Counter()).update(set(tags(example.caption)))
     return {folder: dict(counts.most_common()) for folder, counts in frequency.items()}
 
 
 def dataset_fingerprint(examples: Sequence[Example]) -> str:
     """A hash of everything that decides what is trained on: image bytes, captions, crops, order and weights."""
     rows = [
-        (e.item.sha256, e.caption, e.fit.bucket, e.fit.resized, e.entry.shows, e.source.caption_dropout)
+        [
+            *(e.item.sha256, e.captions, [astuple(view) for view in e.views], e.entry.shows, e.caption_dropout),
+            *(e.item.mask.sha256 if e.item.mask else "", e.is_masked, e.source.unmasked_weight, e.source.loss_weight),
+        ]
         for e in examples
     ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

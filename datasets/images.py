@@ -45,7 +45,7 @@ def read_rgb(path: Path) -> tuple[Image.Image, tuple[str, ...]]:
         image, note = _to_srgb(image, profile)
         notes += [note] if note else []
     if image.has_transparency_data:
-        if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        if min(image.convert("RGBA").getchannel("A").tobytes()) < 255:
             notes.append(LAID_ON_WHITE)
         image = on_white(image)
     elif mode != "RGB":

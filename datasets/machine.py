@@ -29,11 +29,13 @@ class Entry:
     """As it was named, e.g. a Hub id."""
     kind: str
     """blip, florence2 or wd-tagger."""
+    settings: str = ""
+    """How the model was asked; the same model with the same settings writes the same again."""
 
 
-def entry_of(file_name: str, text: str, model: str, kind: str) -> Entry:
+def entry_of(file_name: str, text: str, model: str, kind: str, settings: str = "") -> Entry:
     """What to record of a caption that a model has written."""
-    return Entry(file_name, _sha256_of_text(text), model, kind)
+    return Entry(file_name, _sha256_of_text(text), model, kind, settings)
 
 
 def read_record(folder: Path) -> dict[str, Entry]:
@@ -71,8 +73,9 @@ def append(folder: Path, entry: Entry) -> None:
 def _entry(line: str) -> Entry | None:
     try:
         values = json.loads(line)
-        entry = Entry(values["file"], values["sha256"], values.get("model", ""), values.get("kind", ""))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        further = (values.get(name, "") for name in ("model", "kind", "settings"))
+        entry = Entry(values["file"], values["sha256"], *further)
+    except (json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError):
         return None
     return entry if all(isinstance(value, str) for value in asdict(entry).values()) else None
 

@@ -14,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lorasmith.datasets.cache import LatentCache, TextCache, encode_image
-from lorasmith.datasets.dataset import Example, Source, load_examples, read_pixels
+from lorasmith.datasets.buckets import BucketRules
+from lorasmith.datasets.cache import LatentCache, TextCache, _pixels_of, encode
+from lorasmith.datasets.captions import CaptionRules
+from lorasmith.datasets.dataset import Example, Showing, Source, load_examples, read_pixels
 from lorasmith.trainer.bases import inspect_base
 from lorasmith.trainer.configfile import validate
 from lorasmith.trainer.errors import DataError, UserError
@@ -26,6 +28,11 @@ from lorasmith.trainer.plan import Plan, make_plan
 @pytest.fixture(scope="module")
 def base() -> Base:
     return load_base(inspect_base("pocket"))
+
+
+def shown(examples: Sequence[Example]) -> list[Showing]:
+    """Each example as it is shown first."""
+    return [Showing(example, example.views[0], example.caption) for example in examples]
 
 
 def quiet(done: int, total: int) -> None:
@@ -41,12 +48,12 @@ def noise(path: Path, seed: int, size: tuple[int, int] = (64, 64)) -> Path:
 
 
 def examples_of(folder: Path, resolution: int = 64, trigger: str = "") -> list[Example]:
-    return load_examples([Source(folder, trigger, 1.0, resolution, 0.0)], 16)
+    return load_examples([Source(folder, (resolution,), CaptionRules(trigger))], BucketRules(16))
 
 
 def fresh_mean(base: Base, example: Example) -> torch.Tensor:
     """The latents' mean by diffusers alone."""
-    pixels = torch.from_numpy(read_pixels(example).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    pixels = torch.from_numpy(read_pixels(example, example.views[0]).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.no_grad():
         return base.vae.encode(pixels).latent_dist.mean[0]
 
@@ -74,7 +81,7 @@ def cache(tmp_path: Path, base: Base) -> LatentCache:
 def test_what_is_read_back_is_a_fresh_encode_of_each_image(base: Base, cache: LatentCache, photos: Path):
     examples = examples_of(photos)
     assert cache.fill(base, examples, quiet) == 3
-    mean, std = cache.read(examples)
+    mean, std = cache.read(shown(examples))
     assert mean.shape == std.shape == (3, 4, 16, 16)
     assert mean.dtype == std.dtype == torch.float32
     assert bool((std > 0).all())
@@ -85,7 +92,7 @@ def test_what_is_read_back_is_a_fresh_encode_of_each_image(base: Base, cache: La
 def test_reading_keeps_the_order_that_is_asked_for(base: Base, cache: LatentCache, photos: Path):
     examples = examples_of(photos)
     cache.fill(base, examples, quiet)
-    forward, backward = cache.read(examples)[0], cache.read(examples[::-1])[0]
+    forward, backward = cache.read(shown(examples))[0], cache.read(shown(examples[::-1]))[0]
     assert torch.equal(forward, backward.flip(0))
     assert not torch.equal(forward[0], forward[1])
 
@@ -112,7 +119,7 @@ def test_an_edited_image_is_encoded_again(base: Base, cache: LatentCache, photos
     os.utime(photos / "b.png", ns=(before.st_atime_ns, before.st_mtime_ns))  # its date tells nothing
     edited = examples_of(photos)
     assert cache.fill(base, edited, quiet) == 1
-    mean, _ = cache.read(edited)
+    mean, _ = cache.read(shown(edited))
     torch.testing.assert_close(mean[1], fresh_mean(base, edited[1]))
 
 
@@ -126,8 +133,8 @@ def test_a_renamed_moved_or_copied_image_is_not_encoded_again(base: Base, cache:
     after = examples_of(photos)
     assert [example.name for example in after] == ["c.png", "c2.png", "deep/b.png", "z ü.png"]
     assert cache.fill(base, after, quiet) == 0
-    expected = cache.read([before[2], before[2], before[1], before[0]])[0]
-    assert torch.equal(cache.read(after)[0], expected)
+    expected = cache.read(shown([before[2], before[2], before[1], before[0]]))[0]
+    assert torch.equal(cache.read(shown(after))[0], expected)
 
 
 def test_another_caption_does_not_encode_the_image_again(base: Base, cache: LatentCache, photos: Path):
@@ -141,7 +148,7 @@ def test_another_resolution_is_encoded_again(base: Base, cache: LatentCache, pho
     larger = examples_of(photos, resolution=96)
     assert cache.fill(base, larger, quiet) == 3
     assert cache.read(larger)[0].shape == (3, 4, 24, 24)
-    assert cache.read(examples_of(photos))[0].shape == (3, 4, 16, 16)
+    assert cache.read(shown(examples_of(photos)))[0].shape == (3, 4, 16, 16)
 
 
 @pytest.mark.parametrize("change", [{"crop_left": 3}, {"crop_top": 3}, {"resized": (70, 70)}, {"bucket": (48, 64)}])
@@ -150,7 +157,7 @@ def test_another_crop_is_another_entry(base: Base, cache: LatentCache, tmp_path:
     [example] = examples_of(tmp_path / "photos")
     example = replace(example, fit=replace(example.fit, resized=(80, 80), crop_left=8, crop_top=8))
     other = replace(example, fit=replace(example.fit, **change))
-    assert cache.path(example) != cache.path(other)
+    assert cache.path(example, example.views[0]) != cache.path(other, other.views[0])
     assert cache.fill(base, [example], quiet) == 1
     assert cache.fill(base, [other], quiet) == 1
 
@@ -165,7 +172,7 @@ def test_another_vae_is_encoded_again(base: Base, cache: LatentCache, photos: Pa
     theirs = LatentCache(tmp_path / "cache", other.vae_fingerprint)
     examples = examples_of(photos)
     assert theirs.fill(other, examples, quiet) == 3
-    assert not torch.equal(theirs.read(examples)[0], cache.read(examples)[0])
+    assert not torch.equal(theirs.read(shown(examples))[0], cache.read(shown(examples))[0])
     assert cache.fill(base, examples, quiet) == 0
 
 
@@ -195,20 +202,20 @@ def test_a_cache_inside_the_dataset_folder_is_refused_at_plan(photos: Path, tmp_
 def test_a_damaged_entry_is_made_anew(base: Base, cache: LatentCache, photos: Path, damage: str):
     examples = examples_of(photos)
     cache.fill(base, examples, quiet)
-    good = cache.read(examples)[0].clone()
-    file = cache.path(examples[1])
+    good = cache.read(shown(examples))[0].clone()
+    file = cache.path(examples[1], examples[1].views[0])
     content = file.read_bytes()
     file.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "garbage": b"x" * len(content)}[damage])
     assert cache.fill(base, examples, quiet) == 1
-    assert torch.equal(cache.read(examples)[0], good)
+    assert torch.equal(cache.read(shown(examples))[0], good)
 
 
 def test_an_entry_that_has_gone_is_an_error_that_names_the_image(base: Base, cache: LatentCache, photos: Path):
     examples = examples_of(photos)
     cache.fill(base, examples, quiet)
-    cache.path(examples[1]).unlink()
+    cache.path(examples[1], examples[1].views[0]).unlink()
     with pytest.raises(DataError) as caught:
-        cache.read(examples)
+        cache.read(shown(examples))
     assert [problem.where for problem in caught.value.problems] == [str(photos / "b.png")]
 
 
@@ -220,7 +227,7 @@ def test_latents_that_are_not_finite_are_an_error_and_are_not_kept(cache: Latent
     with pytest.raises(DataError, match="its latents are not finite") as caught:
         cache.fill(broken, examples, quiet)
     assert caught.value.problems[0].where == str(photos / "a.png")
-    assert not cache.path(examples[0]).exists()
+    assert not cache.path(examples[0], examples[0].views[0]).exists()
 
 
 def test_an_image_edited_between_the_scan_and_the_encode_leaves_no_stale_entry(
@@ -236,7 +243,7 @@ def test_an_image_edited_between_the_scan_and_the_encode_leaves_no_stale_entry(
     (photos / "a.png").write_bytes(original)
     again = examples_of(photos)
     cache.fill(base, again, quiet)
-    torch.testing.assert_close(cache.read(again)[0][0], expected)
+    torch.testing.assert_close(cache.read(shown(again))[0][0], expected)
 
 
 def test_the_cache_folder_may_be_deleted_at_any_time(base: Base, cache: LatentCache, photos: Path, tmp_path: Path):
@@ -248,7 +255,7 @@ def test_the_cache_folder_may_be_deleted_at_any_time(base: Base, cache: LatentCa
 
 def test_encoding_twice_gives_the_same_bits(base: Base, photos: Path):
     example = examples_of(photos)[0]
-    first, second = encode_image(base, example), encode_image(base, example)
+    first, second = (encode(base, [pair], _pixels_of([pair]))[0] for pair in [(example, example.views[0])] * 2)
     assert torch.equal(first["mean"], second["mean"])
     assert torch.equal(first["std"], second["std"])
 
@@ -330,8 +337,8 @@ def test_in_the_batches_of_a_plan_each_image_meets_its_own_caption(base: Base, t
         seen = set()
         for batches in islice(plan.order.steps(plan.batches_per_step), plan.steps):
             for batch in batches:
-                chosen = [plan.examples[index] for index in batch]
-                mean, hidden = latents.read(chosen)[0], texts.read([example.caption for example in chosen]).hidden
+                chosen = [plan.examples[shot.image] for shot in batch]
+                mean, hidden = latents.read(shown(chosen))[0], texts.read([example.caption for example in chosen]).hidden
                 for row, example in enumerate(chosen):
                     name = example.item.path.name
                     seen.add(name)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from lorasmith.datasets.buckets import BucketRules
 from lorasmith.datasets.dataset import Source, load_examples
 from lorasmith.datasets.folder import Item, scan
 from lorasmith.datasets.images import UnreadableImageError, read_rgb
@@ -171,11 +172,29 @@ def test_items_are_sorted_and_the_same_each_time(tmp_path: Path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="symbolic links need rights on Windows")
-def test_a_link_to_a_folder_is_followed(tmp_path: Path):
+def test_links_that_stay_in_the_folder_are_followed(tmp_path: Path):
+    picture(tmp_path / "b" / "a.png")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "link.png").symlink_to(tmp_path / "b" / "a.png")
+    assert table(tmp_path, scan(tmp_path)) == [("a/link.png", "", "none"), ("b/a.png", "", "none")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need rights on Windows")
+def test_a_link_that_leads_out_of_the_folder_is_refused_by_name(tmp_path: Path):
     picture(tmp_path / "elsewhere" / "a.png")
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    assert table(tmp_path / "photos", scan(tmp_path / "photos")) == [("link/a.png", "", "none")]
+    picture(tmp_path / "photos" / "mine.png")
+    for name, target in (("folder", tmp_path / "elsewhere"), ("file.png", tmp_path / "elsewhere" / "a.png")):
+        (tmp_path / "photos" / name).symlink_to(target)
+    found = problems_of(tmp_path / "photos")
+    assert {Path(problem.where).name for problem in found} == {"folder", "file.png"}
+    assert all("leads out of the folder" in problem.what for problem in found)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need rights on Windows")
+def test_the_given_folder_may_itself_be_a_link(tmp_path: Path):
+    picture(tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "photos").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert table(tmp_path / "photos", scan(tmp_path / "photos")) == [("a.png", "", "none")]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="symbolic links need rights on Windows")
@@ -393,7 +412,7 @@ def test_two_sidecars_for_one_image_are_an_error(tmp_path: Path):
     ]
 
 
-@pytest.mark.parametrize("suffix", [".json", ".tags", ".cap", ".captions"])
+@pytest.mark.parametrize("suffix", [".tags", ".cap", ".captions"])
 def test_a_sidecar_of_a_kind_that_is_not_read_is_an_error(tmp_path: Path, suffix: str):
     picture(tmp_path / "a.png")
     file = text(tmp_path / f"a{suffix}", '{"caption": "x"}')
@@ -406,7 +425,7 @@ def test_a_sidecar_of_a_kind_that_is_not_read_is_an_error(tmp_path: Path, suffix
     ]
 
 
-@pytest.mark.parametrize("name", ["metadata.csv", "metadata.parquet"])
+@pytest.mark.parametrize("name", ["metadata.parquet", "captions.json", "meta_cap.json"])
 def test_hugging_face_metadata_in_a_table_that_is_not_read_is_an_error(tmp_path: Path, name: str):
     picture(tmp_path / "a.png")
     file = text(tmp_path / name, "file_name,text\na.png,of a\n")
@@ -511,11 +530,11 @@ def test_all_unusable_files_are_reported_at_once(tmp_path: Path):
 
 
 def test_the_problems_of_two_folders_are_reported_at_once(tmp_path: Path):
-    picture(tmp_path / "one" / "a.png")
+    picture(tmp_path / "one" / "a.png", (64, 64))
     text(tmp_path / "one" / "b.txt")
-    sources = [Source(tmp_path / name, "", 1.0, 64, 0.0) for name in ("one", "missing")]
+    sources = [Source(tmp_path / name, (64,)) for name in ("one", "missing")]
     with pytest.raises(DataError) as caught:
-        load_examples(sources, 16)
+        load_examples(sources, BucketRules(16))
     assert [problem.where for problem in caught.value.problems] == [
         str(tmp_path / "one" / "b.txt"),
         str(tmp_path / "missing"),
@@ -685,7 +704,7 @@ def test_the_plan_warns_of_empty_captions_enlarged_cropped_and_equal_images(tmp_
     picture(folder / "a.png", (64, 64))
     picture(folder / "b.png", (64, 64))
     picture(folder / "small.png", (16, 16), (1, 1, 1))
-    picture(folder / "wide.png", (1280, 64), (2, 2, 2))
+    picture(folder / "wide.png", (960, 64), (2, 2, 2))
     empty, soft, cut, twice = plan_of(folder, tmp_path).warnings()
     assert_says(empty, "4 images", "empty caption", "a.png, b.png, small.png and 1 more", "data.trigger")
     assert_says(soft, "1 image ", "1.5", "small.png")

@@ -131,7 +131,7 @@ def _hub_files(model: str, names: Sequence[str]) -> list[Path]:
     files = [Path(file) for file in cached if isinstance(file, str)]
     if len(files) == len(names):
         return files
-    if not _hub_answers():
+    if not hub_answers():
         raise _unreachable(model)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the lines of its retries; what it cannot do, it raises
@@ -141,7 +141,7 @@ def _hub_files(model: str, names: Sequence[str]) -> list[Path]:
         logging.set_verbosity(verbosity)
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether anything answers at the Hub's address; asked first, because huggingface_hub tries for half a minute."""
     from huggingface_hub import constants
 

@@ -18,6 +18,7 @@ from . import __version__
 from .errors import INTERRUPTED, ConfigError, LorasmithError, TrainingError, UserError
 
 if TYPE_CHECKING:
+    from ..datasets.filling import Filled
     from .config import RunConfig
     from .plan import Plan
     from .publish import Format
@@ -149,6 +150,110 @@ def init(
     write_text(file, to_toml(config))
     typer.echo(f"{file}: {count} images, base {found.title}, recipe {recipe}")
     typer.echo(f"Look at it, then: lorasmith plan {file}")
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of images.")],
+    resolution: Annotated[
+        int, typer.Option(min=64, max=4096, help="The side in pixels that the images are to be trained at.")
+    ] = 512,
+    trigger: Annotated[str, typer.Option(metavar="WORD", help="The word that will call the style.")] = "",
+    caption_lines: Annotated[
+        Literal["join", "variants"], typer.Option(help="What the lines of a caption file are; as data.caption_lines.")
+    ] = "join",
+    fix: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Write a mended copy to this new folder; DIR stays as it is.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Look for what would spoil a training. Exit code 3 if training would not start."""
+    from ..datasets.checks import BLOCKED, examine
+    from ..datasets.repair import check_place, write_copy
+    from ..datasets.report import report, verdict
+    from .console import Reporter
+    from .events import Phase
+
+    if fix:
+        check_place(folder, fix)
+        _refuse_unwritable(fix, "--fix")
+    with Reporter() as show:
+        examination = examine(folder, resolution, trigger, caption_lines, lambda *phase: show(Phase(*phase)))
+    for line in [] if as_json else report(examination):
+        typer.echo(line)
+    facts = examination.facts()
+    if fix:
+        with Reporter() as show:
+            repairs = write_copy(examination, fix, lambda *counts: show(Phase("copying", *counts)))
+        facts["copy"] = {"folder": str(fix)} | repairs.facts()
+        typer.echo(f"mended copy in {fix}: {repairs}", err=as_json)
+    if as_json:
+        _print_json(facts)
+    else:
+        typer.echo(verdict(examination))
+    if examination.is_blocked:
+        raise typer.Exit(BLOCKED)
+
+
+@app.command()
+def caption(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of images.")],
+    model: Annotated[str, typer.Option(help="blip, florence2, wd-tagger, a Hub id, or a folder that holds a model.")],
+    kind: Annotated[
+        Literal["blip", "florence2", "wd-tagger"] | None, typer.Option(help="Refuse models of another kind.")
+    ] = None,
+    style: Annotated[
+        Literal["sentence", "detailed", "paragraph", "tags"] | None,
+        typer.Option(help="florence2 writes detailed, sentence or paragraph; the others have one style each."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images described at once.")] = 8,
+    overwrite: Annotated[
+        Literal["none", "machine", "all"],
+        typer.Option(help="Also replace captions that machines wrote and nobody has edited; or all, a copy is kept."),
+    ] = "none",
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Least probability of a tag; 0.35 if not given.")
+    ] = None,
+    character_threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Likewise of a character's name; 0.85 if not given.")
+    ] = None,
+    max_tags: Annotated[int | None, typer.Option(min=1, help="The most probable so many; all if not given.")] = None,
+    exclude_tags: Annotated[str | None, typer.Option(metavar="TAG,TAG", help="Tags that are never written.")] = None,
+    prefix: Annotated[
+        str, typer.Option(help="Put before each caption, with a comma; without one if it ends with a space.")
+    ] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Let a model write the captions that are missing. Exit code 1 if an image has none after all."""
+    from ..datasets.captioners import choose
+    from ..datasets.filling import fill
+    from .console import Reporter
+
+    if folder.is_dir():
+        _refuse_unwritable(folder, str(folder))
+    excluded = None if exclude_tags is None else tuple(tag.strip() for tag in exclude_tags.split(",") if tag.strip())
+    choice = choose(
+        model,
+        kind,
+        style,
+        threshold=threshold,
+        character_threshold=character_threshold,
+        max_tags=max_tags,
+        exclude_tags=excluded,
+    )
+    try:
+        with Reporter() as report:
+            filled = fill(folder, choice, report, overwrite, batch, prefix, device)
+    except SystemExit:  # Ctrl-C
+        typer.echo("What is written stays; the same command goes on from there.", err=True)
+        raise
+    if as_json:
+        _print_json(filled.facts())
+    else:
+        _print_filled(filled, folder)
+    if filled.skipped:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -392,6 +497,21 @@ def _refuse_unwritable(folder: Path, where: str) -> None:
 
     if reason := writable(folder):
         raise UserError(reason, where, "Choose another place.")
+
+
+def _print_filled(filled: Filled, folder: Path) -> None:
+    """What was done to a folder's captions, with the first three."""
+    typer.echo(f"written: {len(filled.written)} captions by {filled.author.model} ({filled.author.settings})")
+    for written in filled.written[:3]:
+        typer.echo(f"  {written.image.relative_to(folder)}: {written.caption!r}")
+    owners = {"person": "written by a person", "machine": "written by a machine", "in doubt": "in doubt, see below"}
+    for owner, number in filled.left.items():
+        typer.echo(f"left alone: {number} {owners[owner]}")
+    if filled.kept:
+        example = filled.kept[0].relative_to(folder)
+        typer.echo(f"kept: {len(filled.kept)} that persons had written, as copies such as {example}")
+    for problem in filled.skipped:
+        typer.echo(f"skipped: {problem}")
 
 
 def _say_how_it_ended(finished: Finished) -> None:

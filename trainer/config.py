@@ -33,18 +33,98 @@ class BaseSection(Section):
 
 
 class DataSection(Section):
-    """One folder of images; repeat the table for more."""
+    """One set of images and its rules; repeat the table for more."""
 
     path: str = Field(min_length=1)
-    """The folder of images, flat or nested. A relative path counts from the folder of the configuration file."""
+    """A folder of images, flat or nested; a .zip of one; a .parquet table; or "hf:owner/name", a data set on the
+    Hugging Face Hub. A relative path counts from the folder of the configuration file."""
     trigger: str = ""
-    """The word that calls the style; put before each caption that does not hold it already. Empty: none."""
+    """The word that calls the style; put where a caption says [trigger], or before each that does not hold it already.
+    Empty: none."""
     weight: float = Field(default=1.0, ge=0.01, le=1000)
-    """How often each image is shown in one epoch. 2 shows each twice, 0.5 every other epoch."""
-    resolution: int = Field(default=0, ge=0, le=4096)
-    """Side in pixels of the square whose area every bucket has. 0: the size the base was trained at."""
+    """How often each image is shown in one epoch (its repeats). 2 shows each twice, 0.5 every other epoch."""
+    resolution: int | list[int] = 0
+    """Side in pixels of the square whose area every bucket has. A list, as in [512, 768]: an image's showings take them
+    in turn. 0: the size the base was trained at."""
+    regularization: bool = False
+    """These images are no part of the style: they keep what the base knows (prior preservation, Ruiz et al. 2023)."""
+    prior_loss_weight: float = Field(default=1.0, ge=0, le=100)
+    """With regularization: the weight of the loss of these images. 1: as of all others."""
+    mask: Literal["files", "alpha", "none"] = "files"
+    """Which parts of an image are learned. files: pictures in a mask/ folder, where there are some, white for all of
+    the loss, black for none; alpha: the image's own opacity; none: all of every image."""
+    unmasked_weight: float = Field(default=0.0, ge=0, le=1)
+    """Weight of the loss where a mask is black. A little, as 0.1, keeps backgrounds from running wild."""
+    caption_lines: Literal["join", "variants"] = "join"
+    """Several lines in a caption file are one caption (join), or one caption each, of which a showing takes one."""
+    caption_prefix: str = ""
+    """Put before each caption, as it is: end it with a comma or a space. The trigger comes before it."""
+    caption_suffix: str = ""
+    """Put after each caption, as it is."""
+    caption_separator: str = Field(default=",", min_length=1)
+    """What stands between tags."""
+    shuffle_caption: bool = False
+    """Tags come in another order each time, so that none is tied to its place."""
+    keep_tokens: int = Field(default=0, ge=0, le=1000)
+    """So many tags at the front of a caption are neither shuffled nor dropped."""
+    keep_tokens_separator: str = ""
+    """A mark, such as |||: the tags before it are neither shuffled nor dropped, instead of a fixed number."""
+    caption_tag_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Each tag is left out with this probability."""
+    wildcards: bool = False
+    """{red|blue} in a caption becomes one of the two."""
+    caption_variants: int = Field(default=8, ge=1, le=1000)
+    """How many variants of a caption are drawn, where tags or wildcards make it vary; with frozen text encoders each of
+    them is cached."""
     caption_dropout: float = Field(default=0.05, ge=0, lt=1)
     """Share of captions replaced by the empty one, which keeps classifier-free guidance alive. 0.05 to 0.1 is usual."""
+    machine_weight: float = Field(default=1.0, ge=0.01, le=1000)
+    """Multiplies weight for images whose caption `lorasmith caption` wrote and nobody has edited since."""
+    machine_caption_dropout: float = Field(default=0.0, ge=0, le=1)
+    """Added to caption_dropout for such captions: a machine's words are trusted less."""
+    flip: bool = False
+    """Show each image mirrored as well. Not for styles with writing, or with a left and a right."""
+    crop: Literal["center", "random"] = "center"
+    """Where the part that a bucket cannot hold is cut off."""
+    crop_jitter: float = Field(default=0.0, ge=0, le=1)
+    """Enlarge an image by up to this share before it is cropped, so that compositions vary."""
+    colour_jitter: float = Field(default=0.0, ge=0, le=0.9)
+    """Change brightness, contrast and saturation by up to this share. The style then learns that colours vary."""
+    augmentations: int = Field(default=4, ge=1, le=1000)
+    """How many random crops and colours are drawn of an image; each is encoded once and cached."""
+
+    @field_validator("resolution", mode="plain")  # in place of pydantic's own, which reports a problem for each of two
+    @classmethod
+    def one_side_or_several(cls, given: Any) -> int | list[int]:
+        sides = given if isinstance(given, list) else [given]
+        if not sides or not all(type(side) is int and 0 <= side <= 4096 for side in sides):
+            raise ValueError("must be a number of pixels up to 4096, or a list of such numbers")
+        if isinstance(given, list) and (0 in sides or len(set(sides)) < len(sides)):
+            raise ValueError("must name each of several sides once, in pixels")
+        return given
+
+    @property
+    def resolutions(self) -> list[int]:
+        """Empty: the base's own."""
+        given = self.resolution if isinstance(self.resolution, list) else [self.resolution]
+        return [side for side in given if side]
+
+
+class BucketsSection(Section):
+    """Aspect-ratio buckets: no image is distorted, none is dropped, and batches are of one shape."""
+
+    step: int = Field(default=0, ge=0, le=1024)
+    """Sides are multiples of it, in pixels. 0: what the base's VAE and UNet need (64 for SD 1 and 2, 32 for SDXL)."""
+    min_edge: int = Field(default=0, ge=0, le=8192)
+    """Shortest side of a bucket in pixels. 0: any."""
+    max_edge: int = Field(default=0, ge=0, le=8192)
+    """Longest side of a bucket in pixels. 0: any."""
+    max_ratio: float = Field(default=4.0, ge=1, le=16)
+    """The longer side of a bucket is at most so many times the shorter one. 1: squares only."""
+    upscale: bool = True
+    """Enlarge images that are smaller than the resolution. false: they go to a smaller bucket."""
+    max_crop: float = Field(default=0.25, ge=0, le=1)
+    """The plan warns of each image that loses a larger share of its pixels, and says what would keep more."""
 
 
 class AdapterSection(Section):
@@ -168,6 +248,7 @@ class RunConfig(Section):
     """The folder that holds run folders. A relative path counts from the folder where the command is run."""
     base: BaseSection = Field(default_factory=BaseSection)
     data: list[DataSection] = Field(min_length=1)
+    buckets: BucketsSection = Field(default_factory=BucketsSection)
     adapter: AdapterSection = Field(default_factory=AdapterSection)
     budget: BudgetSection = Field(default_factory=BudgetSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
@@ -190,7 +271,13 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def nothing_without_effect(self) -> RunConfig:
         self._switch_off_rates()
-        problems = [*self._idle_rates(), *self._idle_of_kind(), *self._idle_targets(), *self._idle_previews()]
+        problems = [
+            *self._idle_rates(),
+            *self._idle_of_kind(),
+            *self._idle_targets(),
+            *self._idle_previews(),
+            *self._idle_of_data(),
+        ]
         if problems:
             raise ValueError(NESTED_PROBLEMS, problems)
         return self
@@ -255,7 +342,34 @@ class RunConfig(Section):
                     "Remove it, or set sample.every above 0.",
                 )
 
+    def _idle_of_data(self) -> Iterator[Problem]:
+        """Settings of a set of images that wait for another one. A complete file spells out the defaults as well."""
+        for number, data in enumerate(self.data):
+            for key, (switches, fix) in OF_SWITCHES.items():
+                field = DataSection.model_fields
+                is_set = getattr(data, key) != field[key].default
+                if is_set and not any(getattr(data, switch) != field[switch].default for switch in switches):
+                    named = " and ".join(f"data.{switch}" for switch in switches)
+                    without = f"has no effect, because {named} {'is' if len(switches) == 1 else 'are'} not set"
+                    yield Problem(f"data.{number}.{key}", without, f"Remove it, or set {fix}.")
+            if data.mask == "none" and data.unmasked_weight:
+                what = 'has no effect, because data.mask is "none"'
+                yield Problem(f"data.{number}.unmasked_weight", what, "Remove it.")
+        if all(data.regularization for data in self.data):
+            what = "all images are regularization images, so no style would be learned"
+            yield Problem("data.0.regularization", what, "Add a [[data]] table with the images of the style.")
 
+
+_TAGS, _DRAWN = ("shuffle_caption", "caption_tag_dropout"), ("crop", "crop_jitter", "colour_jitter")
+OF_SWITCHES = {
+    "prior_loss_weight": (("regularization",), "data.regularization = true"),
+    "caption_separator": (_TAGS, "data.shuffle_caption = true"),
+    "keep_tokens": (_TAGS, "data.shuffle_caption = true"),
+    "keep_tokens_separator": (_TAGS, "data.shuffle_caption = true"),
+    "caption_variants": ((*_TAGS, "wildcards"), "data.shuffle_caption = true"),
+    "augmentations": (_DRAWN, 'data.crop = "random"'),
+}
+"""Settings of a `[[data]]` table by those of which one at least must be set for them to have an effect."""
 RATES = {"unet": "lr", "text_encoder": "text_encoder_lr"}  # what can be trained, and its learning rate
 OF_LORA, OF_FULL = ("rank", "alpha", "targets"), ("train_only",)
 OF_PREVIEWS = ("prompts",)  # the other settings of the section serve `lorasmith sample` as well

@@ -17,6 +17,7 @@ import tomlkit
 import tomlkit.exceptions
 from pydantic import ValidationError
 
+from ..datasets.unpack import anchored
 from .config import NEEDS, NESTED_PROBLEMS, OF_FULL, OF_LORA, RATES, RunConfig, Section, settings, table_of
 from .errors import ConfigError, Problem
 from .files import write_text
@@ -30,7 +31,7 @@ def read_config(path: Path, overrides: Sequence[str] = (), recipe: Mapping[str, 
     """
     config = validate(merge(recipe or {}, read_toml(path)), path.name, overrides)
     for data in config.data:
-        data.path = str(_absolute(data.path, path.parent))
+        data.path = anchored(data.path, path.parent)
     return config
 
 
@@ -158,10 +159,6 @@ def _table_at(values: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]
     section, _, key = dotted.partition(".")
     table = values.get(section)
     return (table if isinstance(table, dict) else {}), key
-
-
-def _absolute(path: str, start: Path) -> Path:
-    return (start.absolute() / Path(path).expanduser()).resolve()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,15 +18,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..datasets.cache import LatentCache, TextCache
-from ..datasets.dataset import Example
+from ..datasets.buckets import Shot
+from ..datasets.cache import LatentCache, MaskCache, TextCache
+from ..datasets.dataset import Showing, showing
 from .adapter import adapter_state, load_adapter_state, parameter_groups, parts, put_on, strength
 from .checkpoint import Checkpoint, TrainState, prune_checkpoints, save_checkpoint
 from .config import Precision, RunConfig
 from .errors import RunError, TrainingError
-from .events import Checkpointed, Event, Phase, PlanMade, Sampled, Step, Warned
+from .events import Checkpointed, Event, Phase, PlanMade, Sampled, Step
 from .jobs import RunFolder
-from .models import Base, Conditions, load_base
+from .models import Base, Conditions, Tokens, load_base
 from .noise import (
     add_noise,
     derive_seed,
@@ -58,7 +59,7 @@ class Denoiser(nn.Module):
         self.unet = base.unet
         self.text_encoders = nn.ModuleList(base.text_encoders.values() if text_encoders_train else [])
 
-    def forward(self, noisy: Tensor, t: Tensor, text: list[Tensor] | Conditions, sizes: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, t: Tensor, text: Tokens | Conditions, sizes: Tensor) -> Tensor:
         """Prediction (batch, 4, h, w); `text` holds token ids if text encoders are trained, conditions if not."""
         conditions = text if isinstance(text, Conditions) else self.family.encode(list(self.text_encoders), text)
         return self.family.predict(self.unet, noisy, t, conditions, sizes)
@@ -86,7 +87,6 @@ class Trainer:
         self.base = load_base(plan.base, base_dtype(self.config, precision), self.accelerator.device)
         put_on(self.base, self.config.adapter, self.config.seed)
         self.parts = parts(self.base, self.config)
-        self._warn_of_cut_captions()
         self._fill_caches()
         self._prepare(checkpoint)
         self.drawing = Drawing.of(self.config.sample, plan.base.resolution)
@@ -128,7 +128,7 @@ class Trainer:
 
     # -- level 2: one optimizer step ----------------------------------------------------------------------------------
 
-    def train_step(self, batches: list[list[int]]) -> tuple[Tensor, Tensor, list[float], float]:
+    def train_step(self, batches: list[list[Shot]]) -> tuple[Tensor, Tensor, list[float], float]:
         """One change of the weights from all images of `batches`, each image counting the same.
 
         Returns the mean loss, the norm of the gradients before clipping, the learning rates, and the seconds it took.
@@ -160,47 +160,39 @@ class Trainer:
 
     # -- level 3: the loss of one batch -------------------------------------------------------------------------------
 
-    def loss(self, indices: list[int], seed: int) -> Tensor:
+    def loss(self, shots: list[Shot], seed: int) -> Tensor:
         """The weighted loss of each image of a batch, (batch,)."""
-        examples = [self.plan.examples[index] for index in indices]
+        shown = [showing(self.plan.examples, shot) for shot in shots]
         generator = torch.Generator().manual_seed(seed)
         prediction, objective = self.plan.base.prediction, self.config.objective
 
-        x0 = sample_posterior(*self.latents.read(examples), self.base.scaling_factor, generator)
+        x0 = sample_posterior(*self.latents.read(shown), self.base.scaling_factor, generator)
         eps = sample_noise(x0, objective.noise_offset, generator)
         t = sample_timesteps(len(x0), len(self.alphas_cumprod), generator)
         noisy = add_noise(x0, eps, t, self.alphas_cumprod)
         target = target_of(prediction, x0, eps, t, self.alphas_cumprod)
         weight = min_snr_weight(prediction, t, self.alphas_cumprod, objective.min_snr_gamma)
-        text = self._text(drop_captions(examples, generator))
-        sizes = torch.tensor([example.sizes for example in examples])
+        weight = weight * torch.tensor([one.example.source.loss_weight for one in shown])
+        mask = self.masks.read(shown, x0.shape)
+        text = self._text(drop_captions(shown, generator))
+        sizes = torch.tensor([one.view.sizes for one in shown])
 
         device, dtype = self.accelerator.device, self.base.dtype
         predicted = self.denoiser(noisy.to(device, dtype), t.to(device), text, sizes.to(device, torch.float32))
-        return weighted_mse(predicted, target.to(device), weight.to(device))
+        return weighted_mse(predicted, target.to(device), weight.to(device), None if mask is None else mask.to(device))
 
     # -- preparation --------------------------------------------------------------------------------------------------
-
-    def _warn_of_cut_captions(self) -> None:
-        cut = [example.name for example in self.plan.examples if self.base.is_cut(example.caption)]
-        if cut:
-            limit = self.base.tokenizers[0].model_max_length - 2
-            self.emit(
-                Warned(
-                    f"the captions of {len(cut)} images are longer than {limit} tokens and are cut there: "
-                    + ", ".join(cut[:3])
-                    + (" ..." if len(cut) > 3 else "")
-                )
-            )
 
     def _fill_caches(self) -> None:
         """Encode images, and captions if the text encoders stay frozen; one process does it, the others wait."""
         self.latents = LatentCache(self.plan.cache, self.base.vae_fingerprint)
+        self.masks = MaskCache(self.plan.cache, self.base.info.vae_factor)
         self.text = TextCache(self.plan.cache, self.base.text_fingerprint)
         with self.accelerator.main_process_first():
             self.latents.fill(self.base, self.plan.examples, self._progress("encoding images"))
+            self.masks.fill(self.plan.examples, self._progress("reading masks"))
             if not self.config.adapter.text_encoder:
-                captions = ["", *(example.caption for example in self.plan.examples)]
+                captions = ["", *(caption for example in self.plan.examples for caption in example.captions)]
                 self.text.fill(self.base, captions, self._progress("encoding captions"))
 
     def _progress(self, name: str) -> Callable[[int, int], None]:
@@ -257,27 +249,27 @@ class Trainer:
 
     # -- details ------------------------------------------------------------------------------------------------------
 
-    def _text(self, captions: list[str]) -> list[Tensor] | Conditions:
+    def _text(self, captions: list[str]) -> Tokens | Conditions:
         """Token ids for text encoders that are trained, cached conditions for frozen ones."""
         if self.config.adapter.text_encoder:
-            return [ids.to(self.accelerator.device) for ids in self.base.tokenize(captions)]
+            return self.base.tokenize(captions).to(self.accelerator.device)
         return self.text.read(captions).to(self.accelerator.device, self.base.dtype)
 
-    def _finite(self, loss: Tensor, batches: list[list[int]]) -> Tensor:
+    def _finite(self, loss: Tensor, batches: list[list[Shot]]) -> Tensor:
         """The loss, if it is a number; else a `TrainingError` that names the files of the step."""
         if not loss.isfinite():
             raise self._not_finite("loss", loss, batches)
         return loss
 
-    def _finite_norm(self, norm: Tensor | None, batches: list[list[int]]) -> Tensor:
+    def _finite_norm(self, norm: Tensor | None, batches: list[list[Shot]]) -> Tensor:
         """The gradients' norm, if it is a number. fp16's gradient scaler looks for itself, and skips such a step."""
         norm = torch.zeros(()) if norm is None else norm
         if self.accelerator.scaler is None and not norm.isfinite():
             raise self._not_finite("gradient", norm, batches)
         return norm
 
-    def _not_finite(self, what: str, value: Tensor, batches: list[list[int]]) -> TrainingError:
-        files = ", ".join(self.plan.examples[index].name for batch in batches for index in batch)
+    def _not_finite(self, what: str, value: Tensor, batches: list[list[Shot]]) -> TrainingError:
+        files = ", ".join(self.plan.examples[shot.image].name for batch in batches for shot in batch)
         return TrainingError(
             f"the {what} of step {self.state.step + 1} is {value.item()}; its images: {files}",
             str(self.run.path),
@@ -355,13 +347,10 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def drop_captions(examples: list[Example], generator: torch.Generator) -> list[str]:
+def drop_captions(shown: list[Showing], generator: torch.Generator) -> list[str]:
     """Captions, some replaced by the empty one: classifier-free guidance needs an unconditional model (Ho 2022)."""
-    draws = torch.rand(len(examples), generator=generator).tolist()
-    return [
-        "" if draw < example.source.caption_dropout else example.caption
-        for example, draw in zip(examples, draws, strict=True)
-    ]
+    draws = torch.rand(len(shown), generator=generator).tolist()
+    return ["" if draw < one.example.caption_dropout else one.caption for one, draw in zip(shown, draws, strict=True)]
 
 
 def base_dtype(config: RunConfig, precision: MixedPrecision) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ..datasets.chunks import COMMA, chunks_of, framed
 from .architectures import ARCHITECTURES
 from .bases import POCKET, BaseInfo, FamilyName
 from .errors import BaseModelError, first_line
@@ -39,6 +41,37 @@ class Conditions:
         return Conditions(self.hidden.to(*args, **kwargs), pooled)
 
 
+@dataclass
+class Tokens:
+    """Captions as token ids; a long one takes several chunks (`datasets/chunks.py`)."""
+
+    ids: list[Tensor]
+    """One tensor for each text encoder, (all chunks, tokens)."""
+    chunks: list[int]
+    """How many chunks each caption has, in order."""
+
+    def to(self, device: torch.device) -> Tokens:
+        return Tokens([ids.to(device) for ids in self.ids], self.chunks)
+
+    def side_by_side(self, encoded: Tensor) -> Tensor:
+        """Encoded chunks (all chunks, tokens, width) to captions (batch, tokens of the longest, width)."""
+        return same_length([chunks.flatten(0, 1) for chunks in encoded.split(self.chunks)])
+
+    def first_of_each(self, encoded: Tensor) -> Tensor:
+        """Of (all chunks, width) the rows of each caption's first chunk: what clients take for the whole."""
+        return torch.stack([chunks[0] for chunks in encoded.split(self.chunks)])
+
+
+def same_length(captions: Sequence[Tensor]) -> Tensor:
+    """Stack captions (tokens, width) of different lengths, repeating each as a whole until all are equally long.
+
+    Cross-attention is a weighted mean over tokens, and does not change when all of them come equally often; so a
+    caption is read as if it were alone, whatever stands beside it in a batch (ComfyUI does the same).
+    """
+    longest = math.lcm(*(len(caption) for caption in captions))
+    return torch.stack([caption.repeat(longest // len(caption), 1) for caption in captions])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # families
 
@@ -54,9 +87,9 @@ class Family:
         del component, module
         return None
 
-    def encode(self, text_encoders: Sequence[nn.Module], ids: Sequence[Tensor]) -> Conditions:
-        """Token ids (batch, tokens), one tensor per text encoder, to conditions."""
-        return Conditions(text_encoders[0](ids[0])[0])
+    def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Conditions:
+        """Captions to conditions, each chunk encoded on its own."""
+        return Conditions(tokens.side_by_side(text_encoders[0](tokens.ids[0])[0]))
 
     def predict(self, unet: nn.Module, noisy: Tensor, t: Tensor, conditions: Conditions, sizes: Tensor) -> Tensor:
         """The UNet's prediction, (batch, 4, h, w), for noisy latents at time-steps t, (batch,).
@@ -82,10 +115,12 @@ class FamilyXL(Family):
             return None
         return rf".*(encoder\.layers\.{module.config.num_hidden_layers - 1}\.|final_layer_norm\.).*"
 
-    def encode(self, text_encoders: Sequence[nn.Module], ids: Sequence[Tensor]) -> Conditions:
-        outputs = [encoder(i, output_hidden_states=True) for encoder, i in zip(text_encoders, ids, strict=True)]
+    def encode(self, text_encoders: Sequence[nn.Module], tokens: Tokens) -> Conditions:
+        outputs = [
+            encoder(ids, output_hidden_states=True) for encoder, ids in zip(text_encoders, tokens.ids, strict=True)
+        ]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        return Conditions(hidden, outputs[-1][0])
+        return Conditions(tokens.side_by_side(hidden), tokens.first_of_each(outputs[-1][0]))
 
     def predict(self, unet: nn.Module, noisy: Tensor, t: Tensor, conditions: Conditions, sizes: Tensor) -> Tensor:
         added = {"text_embeds": conditions.pooled, "time_ids": sizes}
@@ -144,28 +179,15 @@ class Base:
         """Scaled latents (batch, 4, h, w) to pictures (batch, 3, H, W) in about -1 to 1, fp32."""
         return self.vae.decode(latents.float() / self.scaling_factor, return_dict=False)[0]
 
-    def tokenize(self, captions: Sequence[str]) -> list[Tensor]:
-        """Captions to token ids (batch, tokens), one tensor per text encoder; too long ones are cut."""
-        return [
-            tokenizer(
-                list(captions),
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-            for tokenizer in self.tokenizers
-        ]
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """Captions to token ids, in as many chunks as they need."""
+        pieces = [[_chunks(tokenizer, caption) for caption in captions] for tokenizer in self.tokenizers]
+        ids = [torch.tensor([chunk for chunks in caption_pieces for chunk in chunks]) for caption_pieces in pieces]
+        return Tokens(ids, [len(chunks) for chunks in pieces[0]])
 
     def encode(self, captions: Sequence[str]) -> Conditions:
         """Captions to conditions, on the base's device."""
-        ids = [tensor.to(self.device) for tensor in self.tokenize(captions)]
-        return self.family.encode(list(self.text_encoders.values()), ids)
-
-    def is_cut(self, caption: str) -> bool:
-        """Whether a caption has more tokens than the text encoder reads."""
-        tokenizer = self.tokenizers[0]
-        return len(tokenizer(caption).input_ids) > tokenizer.model_max_length
+        return self.family.encode(list(self.text_encoders.values()), self.tokenize(captions).to(self.device))
 
     def pipeline(self) -> Any:
         """A diffusers pipeline over these very components, for previews."""
@@ -187,6 +209,14 @@ class Base:
         """A hash of the text encoders' weights and their token limit."""
         hashes = [fingerprint(encoder) for encoder in self.text_encoders.values()]
         return "-".join([*hashes, *(str(tokenizer.model_max_length) for tokenizer in self.tokenizers)])
+
+
+def _chunks(tokenizer: CLIPTokenizer, caption: str) -> list[list[int]]:
+    """The framed chunks of one caption."""
+    ids = tokenizer(caption, add_special_tokens=False, verbose=False).input_ids
+    length, comma = tokenizer.model_max_length - 2, tokenizer.convert_tokens_to_ids(COMMA)
+    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    return [framed(chunk, length, start, end, pad) for chunk in chunks_of(ids, length, comma)]  # pyright: ignore
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -66,6 +66,11 @@ def min_snr_weight(prediction: Prediction, t: Tensor, alphas_cumprod: Tensor, ga
     return snr.clamp(max=gamma) / (snr if prediction == "epsilon" else snr + 1)
 
 
-def weighted_mse(predicted: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Mean squared error of each image times its weight, (batch,), in fp32."""
-    return (predicted.float() - target.float()).square().flatten(1).mean(1) * weight
+def weighted_mse(predicted: Tensor, target: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error of each image times its weight, (batch,), in fp32.
+
+    `mask` (batch, 1, h, w) multiplies the error of each latent before the mean, as kohya's masked loss does: an image
+    of which little counts changes the weights less.
+    """
+    error = (predicted.float() - target.float()).square()
+    return (error if mask is None else error * mask).flatten(1).mean(1) * weight

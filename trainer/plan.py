@@ -6,15 +6,19 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..datasets.buckets import BatchOrder, images_by_step
+from ..datasets.buckets import BatchOrder, BucketRules, fit, images_by_step
+from ..datasets.captions import CaptionRules
 from ..datasets.dataset import Example, Source, bucket_counts, dataset_fingerprint, load_examples, tag_frequency
 from ..datasets.sidecars import METADATA
+from ..datasets.unpack import as_folder, display_name
+from ..datasets.views import Augmentation
+from ..datasets.workers import Progress
 from .bases import BaseInfo, inspect_base
-from .config import RunConfig
+from .config import DataSection, RunConfig
 from .errors import ConfigError, LorasmithError, Problem, UserError, first_line
 from .files import user_cache, writable
 
@@ -22,8 +26,8 @@ T = TypeVar("T")
 
 PREVIEWS_BY_DEFAULT = 4
 _MUCH_ENLARGED = 1.5
-_MUCH_CROPPED = 0.25
 _TWINS_NAMED = 3
+_WIDEST = 8.0
 _HIGH_RATE_OF_FULL = 5e-5
 
 
@@ -68,7 +72,7 @@ class Plan:
 
     @property
     def cache(self) -> Path:
-        return Path(self.config.runtime.cache).expanduser() if self.config.runtime.cache else user_cache()
+        return cache_of(self.config)
 
     def facts(self) -> dict[str, Any]:
         """The plan as plain values, for `--json` and `events.jsonl`."""
@@ -78,19 +82,45 @@ class Plan:
             "images": len(self.examples),
             "captions": len(self.captioned),
             "caption_sources": dict(self.caption_sources()),
+            "machine_captions": sum(example.item.machine for example in self.examples),
+            "masks": sum(example.is_masked for example in self.examples),
+            "data": [self._facts_of(source) for source in self.sources],
             "buckets": {f"{width}x{height}": n for (width, height), n in bucket_counts(self.examples).items()},
+            "placed": [_placement(example) for example in self.examples],
             "adapter": {"kind": self.config.adapter.kind, "train_only": self.config.adapter.train_only},
             "steps": self.steps,
             "images_seen": self.images,
-            "shows_per_image": round(self.images / sum(e.entry.shows for e in self.examples), 2),
+            "shows_per_image": round(self.images / self.shows_per_epoch, 2),
             "batch": self.config.budget.batch * self.batches_per_step,
             "prompts": self.config.sample.prompts,
             "warnings": list(self.warnings()),
         }
 
+    @property
+    def shows_per_epoch(self) -> float:
+        return sum(example.entry.shows for example in self.examples)
+
+    @property
+    def sources(self) -> list[Source]:
+        """The sets of images, in order, as they were named."""
+        return list(dict.fromkeys(example.source for example in self.examples))
+
+    def _facts_of(self, source: Source) -> dict[str, Any]:
+        """How much of the training one set of images is."""
+        own = [example for example in self.examples if example.source == source]
+        return {
+            "name": source.name,
+            "images": len(own),
+            "share": round(sum(example.entry.shows for example in own) / self.shows_per_epoch, 4),
+            "regularization": source.regularization,
+            "loss_weight": source.loss_weight,
+            "views_per_image": len(own[0].views),
+            "captions_per_image": max(len(example.captions) for example in own),
+        }
+
     def dataset_facts(self) -> dict[str, Any]:
         """What an export says of the images; kept in `events.jsonl`, so that it needs neither images nor plan."""
-        counts = Counter((e.source.path.name, e.item.repeats, e.source.trigger) for e in self.examples)
+        counts = Counter((e.source.name, e.item.repeats, e.source.captions.trigger) for e in self.examples)
         return {
             "folders": [[name, images, repeats, trigger] for (name, repeats, trigger), images in counts.items()],
             "buckets": [[width, height, images] for (width, height), images in bucket_counts(self.examples).items()],
@@ -117,9 +147,7 @@ class Plan:
         enlarged = [example for example in self.examples if example.fit.enlargement > _MUCH_ENLARGED]
         if enlarged:
             yield f"{_images(len(enlarged))} will be soft, enlarged over {_MUCH_ENLARGED} times: {_names(enlarged)}."
-        cropped = [example for example in self.examples if example.fit.cropped_share > _MUCH_CROPPED]
-        if cropped:
-            yield f"{_images(len(cropped))} lose over {_MUCH_CROPPED:.0%} of their area to the crop: {_names(cropped)}."
+        yield from self._warnings_of_crops()
         if self.images < len(self.examples):
             yield f"the budget of {self.images} images is too small to show each of the {len(self.examples)} once."
         yield from self._warnings_of_twins()
@@ -130,6 +158,27 @@ class Plan:
             yield from self._warnings_of_full()
         if self.base.prediction != self.prediction_of_base:
             yield f"objective.prediction is {self.base.prediction}, but the base says {self.prediction_of_base}."
+
+    def _warnings_of_crops(self) -> Iterator[str]:
+        """Images that lose much of themselves, with the setting that would keep most of them."""
+        most = self.config.buckets.max_crop
+        cropped = [example for example in self.examples if example.fit.cropped_share > most]
+        if not cropped:
+            return
+        told = f"{_images(len(cropped))} lose over {most:.0%} of their area to the crop: {_names(cropped)}."
+        rules = bucket_rules(self.config, self.base)
+        now = sum(example.fit.cropped_share for example in cropped)
+        choices = {
+            f"buckets.max_ratio = {_WIDEST:g}": replace(rules, max_ratio=_WIDEST),
+            f"buckets.step = {self.base.bucket_step}": replace(rules, step=self.base.bucket_step),
+        }
+        lost = {setting: sum(_lost_under(example, other) for example in cropped) for setting, other in choices.items()}
+        best = min(lost, key=lambda setting: lost[setting])
+        if lost[best] < 0.8 * now:
+            told += f" With {best} they would lose {lost[best] / len(cropped):.0%}, not {now / len(cropped):.0%}."
+        else:
+            told += " Cut them yourself, to keep what matters."
+        yield told
 
     def _warnings_of_full(self) -> Iterator[str]:
         rate = max(self.config.optimizer.lr, self.config.optimizer.text_encoder_lr)
@@ -150,7 +199,7 @@ class Plan:
             yield f"{example.name} is the same file as {original.name}; it counts twice."
 
 
-def make_plan(config: RunConfig) -> Plan:
+def make_plan(config: RunConfig, progress: Progress | None = None) -> Plan:
     """Look at everything a run needs, and load no weights.
 
     Raises:
@@ -161,7 +210,10 @@ def make_plan(config: RunConfig) -> Plan:
     _collect(problems, lambda: check_devices(config))
     _collect(problems, lambda: check_folders(config))
     _collect(problems, lambda: check_resolutions(config, base))
-    examples = _collect(problems, lambda: load_examples(_sources(config, base), base.bucket_step if base else 64))
+    _collect(problems, lambda: check_buckets(config, base))
+    sources = [source for data in config.data if (source := _collect(problems, partial(source_of, data, config, base)))]
+    rules = bucket_rules(config, base)
+    examples = _collect(problems, lambda: load_examples(sources, rules, config.seed, progress))
     if problems or base is None or examples is None:
         raise UserError.of(problems)
     return Plan(
@@ -239,7 +291,7 @@ def check_folders(config: RunConfig) -> None:
         ConfigError: naming the setting.
     """
     written = {"runs": Path(config.runs).expanduser().resolve() / config.name}
-    cache = Path(config.runtime.cache).expanduser().resolve() if config.runtime.cache else user_cache()
+    cache = cache_of(config).resolve()
     if config.runtime.cache:
         written["runtime.cache"] = cache
     if reason := writable(cache / "latents"):
@@ -258,17 +310,72 @@ def check_resolutions(config: RunConfig, base: BaseInfo | None) -> None:
         ConfigError: naming the data table.
     """
     for number, data in enumerate(config.data):
-        if base and 0 < data.resolution < base.bucket_step:
-            what = f"{data.resolution} px is less than the {base.bucket_step} px this base works in"
+        smallest = min(data.resolutions, default=0)
+        if base and 0 < smallest < base.bucket_step:
+            what = f"{smallest} px is less than the {base.bucket_step} px this base works in"
             raise ConfigError(what, f"data.{number}.resolution", f"Leave it 0 for the base's {base.resolution} px.")
 
 
-def _sources(config: RunConfig, base: BaseInfo | None) -> list[Source]:
-    native = base.resolution if base else 512
-    return [
-        Source(Path(data.path), data.trigger, data.weight, data.resolution or native, data.caption_dropout)
-        for data in config.data
-    ]
+def check_buckets(config: RunConfig, base: BaseInfo | None) -> None:
+    """Bucket settings that this base, or one another, rule out.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    given = config.buckets
+    if base and given.step % base.bucket_step:
+        what = f"{given.step} is no multiple of the {base.bucket_step} px this base works in"
+        raise ConfigError(what, "buckets.step", f"Leave it 0, or take {base.bucket_step} or a multiple of it.")
+    step = bucket_rules(config, base).step
+    for data in config.data:
+        for side in data.resolutions or ([base.resolution] if base else []):
+            if given.max_edge and given.max_edge < max(step, side // step * step):
+                what = f"is less than the side of the square of {side} px"
+                raise ConfigError(what, "buckets.max_edge", "Raise it, or lower data.resolution.")
+            if given.min_edge > max(step, side // step * step):
+                what = f"is more than the side of the square of {side} px"
+                raise ConfigError(what, "buckets.min_edge", "Lower it, or raise data.resolution.")
+
+
+def bucket_rules(config: RunConfig, base: BaseInfo | None) -> BucketRules:
+    given = config.buckets
+    step = given.step or (base.bucket_step if base else 64)
+    return BucketRules(step, given.min_edge, given.max_edge, given.max_ratio, given.upscale)
+
+
+def source_of(data: DataSection, config: RunConfig, base: BaseInfo | None) -> Source:
+    """A `[[data]]` table as the data loader takes it; what is no folder is unpacked into the cache first."""
+    return Source(
+        path=as_folder(data.path, cache_of(config)),
+        label=display_name(data.path),
+        resolutions=tuple(data.resolutions or [base.resolution if base else 512]),
+        captions=CaptionRules(
+            trigger=data.trigger,
+            prefix=data.caption_prefix,
+            suffix=data.caption_suffix,
+            separator=data.caption_separator,
+            shuffle=data.shuffle_caption,
+            keep_tokens=data.keep_tokens,
+            keep_tokens_separator=data.keep_tokens_separator,
+            tag_dropout=data.caption_tag_dropout,
+            wildcards=data.wildcards,
+            variants=data.caption_variants,
+        ),
+        weight=data.weight,
+        machine_weight=data.machine_weight,
+        caption_dropout=data.caption_dropout,
+        machine_caption_dropout=data.machine_caption_dropout,
+        lines=data.caption_lines,
+        mask=data.mask,
+        unmasked_weight=data.unmasked_weight,
+        regularization=data.regularization,
+        loss_weight=data.prior_loss_weight if data.regularization else 1.0,
+        augmentation=Augmentation(data.flip, data.crop, data.crop_jitter, data.colour_jitter, data.augmentations),
+    )
+
+
+def cache_of(config: RunConfig) -> Path:
+    return Path(config.runtime.cache).expanduser() if config.runtime.cache else user_cache()
 
 
 def _collect(problems: list[Problem], check: Callable[[], T]) -> T | None:
@@ -290,6 +397,25 @@ def _kind_of_source(example: Example) -> str:
         return source
     table = source.partition(" line ")[0]
     return table if table in METADATA else "*" + Path(source).suffix
+
+
+def _lost_under(example: Example, rules: BucketRules) -> float:
+    """The share of an image that other buckets would crop."""
+    return fit(*example.fit.original, example.source.resolutions[0], rules).cropped_share
+
+
+def _placement(example: Example) -> dict[str, Any]:
+    """Which image goes where, for machines."""
+    sizes = sorted(set(example.entry.buckets))
+    return {
+        "image": example.name,
+        "buckets": [f"{width}x{height}" for width, height in sizes],
+        "cropped_share": round(example.fit.cropped_share, 4),
+        "enlarged": round(example.fit.enlargement, 3),
+        "shows": example.entry.shows,
+        "views": len(example.views),
+        "captions": len(example.captions),
+    }
 
 
 def _images(count: int) -> str:

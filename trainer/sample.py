@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from .config import SampleSection
 from .files import atomic_folder
-from .models import Base
+from .models import Base, Conditions
 
 _PIXELS_AT_ONCE = 64 * 64 * 64
 """Small pictures are drawn together, large ones one by one."""
@@ -56,9 +57,9 @@ def draw(base: Base, prompts: Sequence[str], drawing: Drawing) -> list[Image.Ima
 @torch.no_grad()
 def _draw_together(base: Base, prompts: Sequence[str], seeds: Sequence[int], drawing: Drawing) -> list[Image.Image]:
     with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
+        text = base.encode([*prompts, *[drawing.negative_prompt] * len(prompts)]).to(base.device, base.dtype)
         latents = base.pipeline()(
-            prompt=list(prompts),
-            negative_prompt=[drawing.negative_prompt] * len(prompts),
+            **_as_pipelines_take_it(text),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_inference_steps=drawing.steps,
             guidance_scale=drawing.guidance,
@@ -69,6 +70,16 @@ def _draw_together(base: Base, prompts: Sequence[str], seeds: Sequence[int], dra
     pixels = base.decode(latents)
     pixels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in pixels]
+
+
+def _as_pipelines_take_it(text: Conditions) -> dict[str, Tensor]:
+    """Prompts and as many negative prompts, encoded as in training: a pipeline itself would cut long ones."""
+    prompt, negative = text.hidden.chunk(2)
+    embeddings = {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
+    if text.pooled is None:
+        return embeddings
+    prompt, negative = text.pooled.chunk(2)
+    return embeddings | {"pooled_prompt_embeds": prompt, "negative_pooled_prompt_embeds": negative}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

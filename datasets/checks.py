@@ -1,0 +1,489 @@
+"""The dataset doctor: what in a folder of images would spoil a training, each with its place and its fix.
+
+`examine` looks at a folder. Every check is a function from items and measures to findings, with its thresholds beside
+it. An error means that training would not start; a warning, that the result would be worse than it could be; a note,
+that something is good to know.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..trainer.errors import Problem, UserError
+from .captions import TRIGGER_PLACE, has_word, with_trigger
+from .dataset import LEAST_SIDE, MOST_OBLONG
+from .folder import Item, look
+from .images import LAID_ON_WHITE
+from .photometry import NORMAL_SIDE, Measures, measure
+from .sidecars import Lines
+from .tokens import CHUNK, is_common_word, weigh
+from .workers import map_files
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+BLOCKED = 3
+"""Exit code of `lorasmith check` where there is an error."""
+Measured = Mapping[Path, Measures]
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, done, total)."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a check has found."""
+
+    check: str
+    severity: Severity
+    where: str
+    """A path below the folder, or the folder itself if it concerns the whole set."""
+    what: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """The captions in tokens, with their trigger word."""
+
+    captions: int
+    longest: int
+    longest_in: str
+    chunks: dict[int, int]
+    """How many captions take 1, 2, 3, ... chunks."""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """All that the doctor knows of a folder."""
+
+    folder: Path
+    lines: Lines
+    items: list[Item]
+    """The images that can be decoded."""
+    problems: list[Problem]
+    measures: dict[Path, Measures]
+    findings: list[Finding]
+    """The most severe first."""
+    tokens: TokenCounts
+
+    def count(self, severity: Severity) -> int:
+        return sum(finding.severity == severity for finding in self.findings)
+
+    @property
+    def is_blocked(self) -> bool:
+        return self.count("error") > 0
+
+    def facts(self) -> dict[str, Any]:
+        """For machines."""
+        counts: dict[str, Any] = {f"{severity}s": self.count(severity) for severity in SEVERITIES}
+        return {
+            "folder": str(self.folder),
+            "images": len(self.items),
+            "findings": [asdict(finding) for finding in self.findings],
+            "tokens": asdict(self.tokens),
+            "summary": counts | {"blocked": self.is_blocked},
+        }
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the checks look at."""
+
+    folder: Path
+    items: Sequence[Item]
+    measures: Measured
+    resolution: int
+    trigger: str
+
+    def name(self, item: Item) -> str:
+        """The path below the folder, with forward slashes."""
+        return item.path.relative_to(self.folder).as_posix()
+
+    def names(self, items: Sequence[Item]) -> str:
+        shown = ", ".join(self.name(item) for item in items[:_NAMES])
+        return shown if len(items) <= _NAMES else f"{shown} and {len(items) - _NAMES} more"
+
+    @property
+    def captioned(self) -> list[Item]:
+        return [item for item in self.items if any(item.captions)]
+
+
+_NAMES = 5
+
+
+def examine(
+    folder: Path,
+    resolution: int = 512,
+    trigger: str = "",
+    lines: Lines = "join",
+    progress: Progress = lambda _what, _done, _total: None,
+) -> Examination:
+    """Read, measure and check a folder; nothing in it is changed.
+
+    Raises:
+        UserError: if there is no such folder.
+    """
+    if not folder.is_dir():
+        what = "is a file, not a folder of images" if folder.is_file() else "there is no such folder"
+        raise UserError(what, str(folder), "Name the folder that holds your images.")
+    found = look(folder, lines, progress=lambda done, total: progress("reading", done, total))
+    paths = [item.path for item in found.items]
+    measured = map_files(measure, paths, lambda done, total: progress("measuring", done, total))
+    measures = dict(zip(paths, measured, strict=True))
+    case = Case(folder, found.items, measures, resolution, trigger.strip())
+    findings = [*unusable(case, found.problems), *(finding for check in CHECKS for finding in check(case))]
+    findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))  # stable: checks stay in their order
+    return Examination(folder, lines, found.items, found.problems, measures, findings, count_tokens(case))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def unusable(case: Case, problems: Sequence[Problem]) -> Iterator[Finding]:
+    """What the folder's reader refuses."""
+    for problem in problems:
+        place = Path(problem.where)
+        inside = place.is_relative_to(case.folder) and place != case.folder
+        where = place.relative_to(case.folder).as_posix() if inside else problem.where
+        yield Finding("unusable", "error", where, problem.what, problem.fix)
+
+
+def hopeless(case: Case) -> Iterator[Finding]:
+    """Images that can be decoded, and that training refuses for their size."""
+    for item in case.items:
+        short, long = sorted((item.width, item.height))
+        if short < LEAST_SIDE:
+            what, fix = f"is only {item.width} x {item.height} pixels", f"Remove it; the least is {LEAST_SIDE} a side."
+            yield Finding("unusable", "error", case.name(item), what, fix)
+        elif long > MOST_OBLONG * short:
+            what = f"is {item.width} x {item.height} pixels, and nearly all of it would be cropped off"
+            yield Finding("unusable", "error", case.name(item), what, "Cut it into parts, or remove it.")
+
+
+def converted(case: Case) -> Iterator[Finding]:
+    """What reading does to pictures, so that nobody wonders at what is trained."""
+    for item in case.items:
+        for note in item.notes:
+            if note.startswith("rotated by EXIF"):
+                check, fix = "rotated", "Nothing to do: it is trained as it is seen upright."
+            elif note == LAID_ON_WHITE:
+                check = "transparent"
+                fix = 'Lay it on another ground yourself if white is wrong, or set data.mask = "alpha" to leave it out.'
+            else:
+                check, fix = "converted", "Nothing to do, if it looks right."
+            yield Finding(check, "note", case.name(item), note, fix)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# duplicates
+
+_LIKE = 31
+"""Bits of 256 in which the hashes of near duplicates may differ. Smaller, recompressed, brighter copies, or such with a
+small mark, differ by up to 25; 2 of 3 copies cropped by 1 % on all sides by up to 38; the two most similar among the
+shipped emoji, both laughing faces, by 52."""
+_COLOURS_LIKE, _BRIGHTNESS_LIKE = 10.0, 64.0
+"""Mean difference of 8 x 8 patches, in levels of 255. The hash sees brightness only: a blue heart is no red heart."""
+
+
+def same_files(items: Sequence[Item]) -> list[list[Item]]:
+    """Groups of images whose files are the same, byte for byte."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.sha256, []).append(item)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def alike(items: Sequence[Item], measures: Measured) -> list[list[Item]]:
+    """Groups of images that show the same picture in different files, each with its largest first."""
+    distinct = list({item.sha256: item for item in reversed(items)}.values())[::-1]
+    group_of = {item.path: [item] for item in distinct}
+    for one, other in _alike_pairs([measures[item.path] for item in distinct]):
+        first, second = group_of[distinct[one].path], group_of[distinct[other].path]
+        if first is not second:
+            first += second
+            group_of |= {item.path: first for item in second}
+    groups = {id(group): group for group in group_of.values() if len(group) > 1}.values()
+    return [sorted(group, key=lambda item: (-item.width * item.height, item.path)) for group in groups]
+
+
+def _alike_pairs(measures: Sequence[Measures]) -> Iterator[tuple[int, int]]:
+    """Indices of the pairs of pictures that look the same; each is compared with all later ones at once."""
+    if not measures:
+        return
+    hashes = np.frombuffer(b"".join(m.likeness for m in measures), np.uint8).reshape(len(measures), -1)
+    patches = np.frombuffer(b"".join(m.patches for m in measures), np.uint8).reshape(len(measures), -1, 3)
+    for one in range(len(measures)):
+        differing = _BITS[hashes[one] ^ hashes[one + 1 :]].sum(axis=1)
+        for other in one + 1 + np.flatnonzero(differing <= _LIKE):
+            brightness, *colours = np.abs(patches[one].astype(np.int16) - patches[other]).mean(axis=0)
+            if brightness <= _BRIGHTNESS_LIKE and max(colours) <= _COLOURS_LIKE:
+                yield one, int(other)
+
+
+_BITS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
+
+
+def exact_duplicates(case: Case) -> Iterator[Finding]:
+    for first, *others in same_files(case.items):
+        what = f"is the same file as {case.names(others)}, so that it counts {len(others) + 1} times"
+        yield Finding("same file", "warning", case.name(first), what, "Keep one; for more weight use data.weight.")
+
+
+def near_duplicates(case: Case) -> Iterator[Finding]:
+    for largest, *others in alike(case.items, case.measures):
+        what = f"is nearly the same picture as {case.names(others)}"
+        fix = "Keep the best one: what is seen more often is learned by heart, not as a style."
+        yield Finding("same picture", "warning", case.name(largest), what, fix)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pixels
+
+_ENLARGED = 1.1
+"""By less, nobody sees it."""
+_BLURRED = 1.4
+"""Pixels of blur at the normal side. Sharp photographs and drawings have 0.3 to 0.6 (the highest was 0.74, a brick wall
+in soft light); blurred by a Gaussian of 2 px they have 1.3 to 2.2, and enlarged four times as much."""
+_MOSTLY = 0.5
+"""Where more of the images than this share are soft, softness is the style."""
+_BLOCKY = 1.8
+"""Grey levels. Photographs saved as JPEG of quality 75 have at most 1.0, of quality 20 most have 2 to 3."""
+
+
+def too_small(case: Case) -> Iterator[Finding]:
+    """Images with fewer pixels than they are trained at; buckets have the area of the resolution squared."""
+    for item in case.items:
+        side = math.sqrt(item.width * item.height)
+        enlarged = case.resolution / side
+        if enlarged > _ENLARGED and min(item.width, item.height) >= LEAST_SIDE:
+            what = f"is {item.width} x {item.height}; for {case.resolution} it is enlarged {enlarged:.3g} times"
+            fix = f"Find a larger original, or train at data.resolution = {max(64, int(side) // 64 * 64)}."
+            yield Finding("too small", "warning", case.name(item), what, fix)
+
+
+def blurred(case: Case) -> Iterator[Finding]:
+    radii = {item.path: case.measures[item.path].blur or 0.0 for item in case.items}
+    soft = [item for item in case.items if radii[item.path] > _BLURRED]
+    if len(soft) > 2 and len(soft) > _MOSTLY * len(case.items):
+        what = f"{len(soft)} of {len(case.items)} images are soft, blurred by {_BLURRED:g} px or more"
+        yield Finding("blurred", "note", str(case.folder), what, "If that is the style, there is nothing to do.")
+        return
+    for item in soft:
+        what = f"is blurred, by about {radii[item.path]:.1f} px even where it is sharpest (at {NORMAL_SIDE} px)"
+        yield Finding("blurred", "warning", case.name(item), what, "Take a sharper picture, or remove it.")
+
+
+def blocky(case: Case) -> Iterator[Finding]:
+    for item in case.items:
+        if (steps := case.measures[item.path].blocks) > _BLOCKY:
+            what = f"shows the 8 x 8 blocks of strong JPEG compression (steps of {steps:.1f} grey levels)"
+            fix = "Find the original, or remove it: the blocks would be learned with the style."
+            yield Finding("JPEG blocks", "warning", case.name(item), what, fix)
+
+
+def bordered(case: Case) -> Iterator[Finding]:
+    for item in case.items:
+        if borders := case.measures[item.path].borders:
+            fix = "Crop them off, or the style will have them too; --fix does it."
+            yield Finding("borders", "warning", case.name(item), f"has plain bars: {borders}", fix)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# style
+
+_ENOUGH_FOR_A_STYLE = 8
+_UNLIKE = 4.5
+"""Robust standard deviations, of which normally distributed values exceed it once in 150,000."""
+_DIFFERENCES = (
+    # of Tone, in its order: the least difference that an eye would call one, and what it is called, less and more
+    (0.15, "darker", "brighter"),
+    (0.08, "lower in contrast", "higher in contrast"),
+    (0.15, "less colourful", "more colourful"),
+    (0.15, "bluer", "redder"),
+    (0.10, "more purple", "greener"),
+    (0.15, "plainer", "richer in detail"),
+)
+
+
+def unlike_the_rest(case: Case) -> Iterator[Finding]:
+    """Images whose tone lies far from the median, counted in median absolute deviations."""
+    if len(case.items) < _ENOUGH_FOR_A_STYLE:
+        return
+    tones = np.array([astuple(case.measures[item.path].tone) for item in case.items])
+    off = tones - np.median(tones, axis=0)
+    scores = off / np.maximum(1.4826 * np.median(np.abs(off), axis=0), 1e-3)
+    for item, differences, deviations in zip(case.items, off, scores, strict=True):
+        words = [
+            more if difference > 0 else less
+            for difference, deviation, (least, less, more) in zip(differences, deviations, _DIFFERENCES, strict=True)
+            if abs(deviation) > _UNLIKE and abs(difference) > least
+        ]
+        if words:
+            fix = "Look at it: if it is not in the style, remove it."
+            yield Finding(
+                "unlike the rest", "warning", case.name(item), f"is much {' and '.join(words)} than the rest", fix
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# captions
+
+_SAME_CAPTION = 3
+"""Images; two may well show the same thing."""
+_CAPTION_FIX = "Write what it shows, or let a model do it: lorasmith caption."
+
+
+def uncaptioned(case: Case) -> Iterator[Finding]:
+    """Images without words; of a set that has none at all, one finding."""
+    bare = [item for item in case.items if not any(item.captions)]
+    if bare and len(bare) == len(case.items):
+        learned = (
+            f"so all they show is learned under the trigger {case.trigger!r}" if case.trigger else "and no trigger"
+        )
+        what = f"none of the {len(bare)} images has a caption, {learned}"
+        yield Finding("no caption", "note" if case.trigger else "warning", str(case.folder), what, _CAPTION_FIX)
+        return
+    for item in bare:
+        what = "has no caption" if item.source == "none" else f"its caption in {item.source} is empty"
+        yield Finding("no caption", "warning", case.name(item), what, _CAPTION_FIX)
+
+
+def captioned_alike(case: Case) -> Iterator[Finding]:
+    """Captions that do not tell images apart."""
+    groups: dict[tuple[str, ...], list[Item]] = {}
+    for item in case.captioned:
+        groups.setdefault(item.captions, []).append(item)
+    for captions, group in groups.items():
+        if len(group) < _SAME_CAPTION:
+            continue
+        source = ", the folder's name" if all(item.source == "folder name" for item in group) else ""
+        what = (
+            f"{len(group)} of {len(case.items)} images have the caption {captions[0]!r}{source} ({case.names(group)})"
+        )
+        fix = "Write what each shows: what captions do not name is learned as part of the style."
+        yield Finding("same caption", "warning", str(case.folder), what, fix)
+
+
+def too_long(case: Case) -> Iterator[Finding]:
+    """Captions that a text encoder cannot read at once."""
+    for item in case.captioned:
+        weight = max((weigh(with_trigger(caption, case.trigger)) for caption in item.captions), key=lambda w: w.tokens)
+        if weight.chunks > 1:
+            what = (
+                f"its caption has {weight.tokens} tokens, which training reads in {weight.chunks} chunks of {CHUNK}; "
+                f"programs without chunks stop after '... {weight.start[-_TAIL:]}'"
+            )
+            yield Finding("long caption", "note", case.name(item), what, "Put what matters first, or shorten it.")
+
+
+_TAIL = 30
+
+
+def count_tokens(case: Case) -> TokenCounts:
+    """How long the captions are for the text encoder."""
+    weights = [
+        (weigh(with_trigger(caption, case.trigger)), case.name(item))
+        for item in case.captioned
+        for caption in item.captions
+    ]
+    longest, name = max(((weight.tokens, name) for weight, name in weights), default=(0, ""))
+    return TokenCounts(len(weights), longest, name, dict(sorted(Counter(w.chunks for w, _ in weights).items())))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# words
+
+_IN_MANY = 0.2
+"""Share of the captions from which on an ordinary use of the trigger is no accident."""
+_IN_NEARLY_ALL = 0.8
+_ENOUGH_CAPTIONS = 6
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_FILLERS = _words(
+    "a an the and or but of in on at to for from by with without into onto over under between behind beside near next "
+    "front left right top bottom up down out off is are was be been being has have had its his her their this that "
+    "these those it he she they there as while very some one two three no not which who"
+)
+_KINDS_OF_PICTURES = _words(
+    "photo photograph photography image picture pic painting illustration drawing sketch art artwork artstyle style "
+    "styled render rendering icon emoji emoticon sticker logo print poster comic cartoon anime manga scan screenshot "
+    "closeup close-up shot view scene background"
+)
+"""These name the style or the medium, which is what is to be learned, and no subject."""
+_WORD = re.compile(r"[^\W_][\w'-]*[^\W_]")
+
+
+def triggered(case: Case) -> Iterator[Finding]:
+    """Whether the trigger stands in the captions, and whether it is a word that has a meaning already."""
+    if not case.trigger:
+        yield from _place_without_trigger(case)
+        return
+    captioned, trigger = case.captioned, case.trigger
+    with_it = [item for item in captioned if any(_names_trigger(caption, trigger) for caption in item.captions)]
+    if len(with_it) < len(captioned):
+        what = f"{len(captioned) - len(with_it)} of {len(captioned)} captions lack the trigger {trigger!r}"
+        fix = f"Nothing to do: training puts it first, or where a caption says {TRIGGER_PLACE}."
+        yield Finding("trigger", "note", str(case.folder), what, fix)
+    inside = [item for item in captioned if any(_used_as_a_word(caption, trigger) for caption in item.captions)]
+    uses = f"; {len(inside)} of {len(captioned)} captions use it as an ordinary word" if inside else ""
+    fix = "Take a word that does not exist, so that it means the style and nothing else."
+    if all(map(is_common_word, trigger.split())):
+        what = f"the trigger {trigger!r} already means something to the base, and mixes with the style{uses}"
+        yield Finding("trigger", "warning", str(case.folder), what, fix)
+    elif _IN_MANY * len(captioned) <= len(inside) < _IN_NEARLY_ALL * len(captioned) and inside:
+        what = f"{len(inside)} of {len(captioned)} captions use the trigger {trigger!r} as an ordinary word"
+        yield Finding("trigger", "warning", str(case.folder), what, fix)
+
+
+def _place_without_trigger(case: Case) -> Iterator[Finding]:
+    marked = [item for item in case.items if any(TRIGGER_PLACE in caption for caption in item.captions)]
+    if marked:
+        what = f"{len(marked)} captions hold {TRIGGER_PLACE} ({case.names(marked)}), and no trigger was given"
+        yield Finding("trigger", "note", str(case.folder), what, "Set data.trigger in the configuration.")
+
+
+def _names_trigger(caption: str, trigger: str) -> bool:
+    return has_word(caption, trigger) or TRIGGER_PLACE in caption
+
+
+def _used_as_a_word(caption: str, trigger: str) -> bool:
+    return has_word(caption, trigger) and not caption.lower().startswith(trigger.lower())
+
+
+def always_there(case: Case) -> Iterator[Finding]:
+    """Words that stand in nearly every caption: the set shows one thing only, which will come with the style."""
+    captioned = case.captioned
+    if len(captioned) < _ENOUGH_CAPTIONS or len({item.captions for item in captioned}) == 1:
+        return
+    known = _FILLERS | _KINDS_OF_PICTURES | set(content_words(case.trigger)) | set(content_words(TRIGGER_PLACE))
+    counts = Counter(word for item in captioned for word in set(content_words(" ".join(item.captions))) - known)
+    for word, count in counts.most_common():
+        if count < _IN_NEARLY_ALL * len(captioned):
+            break
+        what = f"{word!r} stands in {count} of {len(captioned)} captions, and will be learned as a part of the style"
+        fix = "Add images of other things. If it names the style, leave it out of the captions."
+        yield Finding("one subject", "warning", str(case.folder), what, fix)
+
+
+def content_words(text: str) -> list[str]:
+    """The words of a text in lower case, without those that only hold it together."""
+    return [word for word in _WORD.findall(text.lower()) if word not in _FILLERS]
+
+
+CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
+    *(hopeless, exact_duplicates, near_duplicates, too_small, blurred, blocky, bordered, unlike_the_rest),
+    *(uncaptioned, captioned_alike, too_long, triggered, always_there, converted),
+)
+"""In the order in which they are told, within each severity."""
