@@ -79,11 +79,9 @@ def fit(width: int, height: int, resolution: int, rules: BucketRules) -> Fit:
     ratio = math.log(width / height)
     sizes = bucket_sizes(resolution, rules)
     if not rules.upscale:
-        sizes = tuple(size for size in sizes if size[0] <= width and size[1] <= height) or (
-            _floor(width, height, rules),
-        )
-        if width * height < resolution * resolution:
-            sizes = (_floor(width, height, rules),)
+        inside = tuple(size for size in sizes if size[0] <= width and size[1] <= height)
+        is_smaller = width * height < resolution * resolution
+        sizes = inside if inside and not is_smaller else (_inside(width, height, resolution, rules),)
     bucket = min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - ratio), -size[0] * size[1]))
     return fit_to(width, height, bucket)
 
@@ -97,10 +95,13 @@ def fit_to(width: int, height: int, bucket: Size, zoom: float = 1.0, place: tupl
     return Fit((width, height), resized, bucket, int(spare[0] * place[0]), int(spare[1] * place[1]))
 
 
-def _floor(width: int, height: int, rules: BucketRules) -> Size:
-    """The largest bucket that lies within an image, one step at least, no longer than the ratio allows."""
-    short, long = sorted(max(rules.step, side // rules.step * rules.step) for side in (width, height))
-    long = min(long, math.floor(short * rules.max_ratio) // rules.step * rules.step)
+def _inside(width: int, height: int, resolution: int, rules: BucketRules) -> Size:
+    """The largest bucket within an image that area and ratio allow; one step at least."""
+    step, side = rules.step, max(rules.step, resolution // rules.step * rules.step)
+    short, long = sorted(max(step, edge // step * step) for edge in (width, height))
+    short = min(short, side)
+    longest = min(long, side * side // short, math.floor(short * rules.max_ratio), rules.max_edge or long)
+    long = max(short, longest // step * step)
     return (short, long) if width < height else (long, short)
 
 

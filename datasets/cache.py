@@ -35,8 +35,8 @@ CODE_VERSION = 2
 """Raise it when the same image would give other latents, or the same caption other embeddings."""
 
 _PIXELS_AT_ONCE = 4 * 1024 * 1024
-"""Pictures of one size are encoded together up to so many pixels, on a GPU. On a CPU it would gain nothing, and the last
-bits of a picture's latents would depend on its neighbours, so that an interrupted run could not be repeated exactly."""
+"""Pictures of one size are encoded together up to so many pixels, on a GPU. On a CPU it would gain nothing, and the
+last bits of a picture's latents would depend on its neighbours: an interrupted run could not be repeated exactly."""
 _READERS = 2
 """Threads that decode the next pictures while these are encoded."""
 

@@ -135,13 +135,13 @@ class HubDataset:
         )
 
     def _rows(self, table: Any, columns: Columns) -> Iterator[Row]:
-        number = -1
+        number = 0
         try:
             for number, row in enumerate(table):
                 image, text = row[columns.image], row[columns.text] if columns.text else None
                 yield Row(f"{self.written} row {number}", self._with_bytes(image), text)
         except _errors() as error:
-            what = f"cannot be read after row {number} ({_in_a_line(error)})"
+            what = f"cannot be read near row {number} ({_in_a_line(error)})"
             raise self._error(what, "Check the connection, and start again.") from error
 
     def _with_bytes(self, image: Any) -> Any:
@@ -149,18 +149,26 @@ class HubDataset:
         if not isinstance(image, Mapping) or image.get("bytes") or not image.get("path"):
             return image
         path = str(image["path"])
-        container = path.rpartition("::")[2]  # `zip://a.png::/folder/images.zip`
-        if self.folder:
-            is_inside = Path(container).resolve().is_relative_to(self.folder.resolve())
-        else:
-            is_inside = container.startswith(f"hf://datasets/{self.place}@{self.commit}/") and ".." not in container
-        if not is_inside:
+        if not self._is_inside(path):
             return UnusableCell(f"is only a path, {path!r}, that leads out of the dataset")
         try:
             with library("fsspec").open(path, "rb") as file:
                 return file.read()
         except FileNotFoundError:
             return UnusableCell(f"is only a path, {path!r}, where nothing is")
+
+    def _is_inside(self, path: str) -> bool:
+        """Whether a path such as `/folder/a.png` or `zip://a.png::/folder/images.zip` is of this dataset.
+
+        What opens it takes addresses of any kind, and a table may hold any path.
+        """
+        inner, _, container = path.rpartition("::")
+        if inner and (not inner.startswith("zip://") or "::" in inner):
+            return False
+        if not self.folder:
+            return container.startswith(f"hf://datasets/{self.place}@{self.commit}/") and ".." not in container
+        file = Path(container)
+        return "://" not in container and file.is_absolute() and file.resolve().is_relative_to(self.folder.resolve())
 
     def _error(self, what: str, fix: str) -> DataError:
         return DataError(what, self.written, fix)

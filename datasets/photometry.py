@@ -66,7 +66,7 @@ class Measures:
     likeness: bytes
     """The 256 bits of a perceptual hash."""
     patches: bytes
-    """The picture on 8 x 8 pixels, YCbCr."""
+    """The picture on `PATCHES` x `PATCHES` pixels, YCbCr."""
     blur: float | None
     """Radius of the blur of its sharpest edges, in pixels at the normal side; None if it has no edges."""
     blocks: float
@@ -123,7 +123,7 @@ def grey(image: Image.Image) -> Floats:
 # likeness
 
 _HASH_SIDE = 16
-_PATCHES = 8
+PATCHES = 32
 
 
 def likeness(image: Image.Image) -> bytes:
@@ -134,8 +134,8 @@ def likeness(image: Image.Image) -> bytes:
 
 
 def patches(image: Image.Image) -> bytes:
-    """The colours of a picture from very far away: 8 x 8 pixels, YCbCr."""
-    return image.resize((_PATCHES, _PATCHES), Image.Resampling.BOX).convert("YCbCr").tobytes()
+    """Brightness and colours of a picture from very far away: 32 x 32 pixels, YCbCr."""
+    return image.resize((PATCHES, PATCHES), Image.Resampling.BOX).convert("YCbCr").tobytes()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,6 +201,8 @@ def _tiles(values: Floats) -> Floats:
 _BLOCK = 8
 _BLOCKS_SEEN = 1024
 """Pixels; the middle of a large picture tells enough."""
+_FEWEST_BLOCKS = 16
+"""Along a side; fewer tell little, and the edges of the picture itself may lie on them by chance."""
 _LARGEST_STEP = 24
 """Grey levels; JPEG's own steps are smaller."""
 _EDGE_STEP, _OWN_GRID, _OWN_EDGES = 48, 100.0, 0.01
@@ -215,7 +217,7 @@ def block_steps(pixels: Floats) -> float:
     against the second, down and across, and the weaker of the two counts. A picture that was resized since has lost
     the grid.
     """
-    if min(pixels.shape) < 4 * _BLOCK:
+    if min(pixels.shape) < _FEWEST_BLOCKS * _BLOCK:
         return 0.0
     return max(0.0, min(_grid_excess(pixels), _grid_excess(pixels.T)))
 
@@ -295,7 +297,7 @@ def _plain_lines(lines: Bytes, colour: NDArray[np.int16]) -> int:
 def _begins_at_once(lines: Bytes, ground: NDArray[np.int16]) -> bool:
     """Whether the first lines differ from the ground along their length, and at both ends."""
     differs = (np.abs(lines[:_LINES_BEGINNING] - ground).max(axis=2) > _SAME_COLOUR).any(axis=0)
-    corner = max(1, int(len(differs) * _CORNER))
+    corner = max(_LINES_BEGINNING, int(len(differs) * _CORNER))
     corners = min(differs[:corner].mean(), differs[-corner:].mean())
     return bool(differs.mean() >= _FILLED and corners >= _CORNER_FILLED)
 

@@ -160,7 +160,7 @@ class Sidecars:
             for row in reader:
                 yield reader.line_num, row
         except csv.Error as error:
-            self._problem(_line(file, reader.line_num), f"is not CSV ({error})", "Mend or remove the line.")
+            self._problem(file, f"is not CSV ({error})", "Mend it; quotes stand in pairs.")
 
     def _read_row(self, file: Path, number: int, row: Mapping[str, Any]) -> None:
         where, name = _line(file, number), row["file_name"]

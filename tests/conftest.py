@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hypothesis import settings
 from PIL import Image, ImageDraw
 
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.configfile import merge, validate
 
+settings.register_profile("lorasmith", deadline=None, derandomize=True)  # a slow machine is no failure
+settings.load_profile("lorasmith")
 torch.set_num_threads(1)  # models as small as these lose time to a second thread
 
 

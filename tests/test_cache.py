@@ -18,6 +18,7 @@ from lorasmith.datasets.buckets import BucketRules
 from lorasmith.datasets.cache import LatentCache, TextCache, _pixels_of, encode
 from lorasmith.datasets.captions import CaptionRules
 from lorasmith.datasets.dataset import Example, Showing, Source, load_examples, read_pixels
+from lorasmith.datasets.views import Colours, View
 from lorasmith.trainer.bases import inspect_base
 from lorasmith.trainer.configfile import validate
 from lorasmith.trainer.errors import DataError, UserError
@@ -147,16 +148,29 @@ def test_another_resolution_is_encoded_again(base: Base, cache: LatentCache, pho
     cache.fill(base, examples_of(photos), quiet)
     larger = examples_of(photos, resolution=96)
     assert cache.fill(base, larger, quiet) == 3
-    assert cache.read(larger)[0].shape == (3, 4, 24, 24)
+    assert cache.read(shown(larger))[0].shape == (3, 4, 24, 24)
     assert cache.read(shown(examples_of(photos)))[0].shape == (3, 4, 16, 16)
 
 
-@pytest.mark.parametrize("change", [{"crop_left": 3}, {"crop_top": 3}, {"resized": (70, 70)}, {"bucket": (48, 64)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"crop_left": 3},
+        {"crop_top": 3},
+        {"resized": (70, 70)},
+        {"bucket": (48, 64)},
+        {"flip": True},
+        {"colours": Colours(hue=0.1)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
 def test_another_crop_is_another_entry(base: Base, cache: LatentCache, tmp_path: Path, change: dict):
     noise(tmp_path / "photos" / "a.png", 1, (100, 100))
     [example] = examples_of(tmp_path / "photos")
-    example = replace(example, fit=replace(example.fit, resized=(80, 80), crop_left=8, crop_top=8))
-    other = replace(example, fit=replace(example.fit, **change))
+    view = View(replace(example.fit, resized=(80, 80), crop_left=8, crop_top=8))
+    example = replace(example, views=(view,))
+    changed = replace(view, **change) if {"flip", "colours"} & change.keys() else View(replace(view.fit, **change))
+    other = replace(example, views=(changed,))
     assert cache.path(example, example.views[0]) != cache.path(other, other.views[0])
     assert cache.fill(base, [example], quiet) == 1
     assert cache.fill(base, [other], quiet) == 1
@@ -338,7 +352,10 @@ def test_in_the_batches_of_a_plan_each_image_meets_its_own_caption(base: Base, t
         for batches in islice(plan.order.steps(plan.batches_per_step), plan.steps):
             for batch in batches:
                 chosen = [plan.examples[shot.image] for shot in batch]
-                mean, hidden = latents.read(shown(chosen))[0], texts.read([example.caption for example in chosen]).hidden
+                mean, hidden = (
+                    latents.read(shown(chosen))[0],
+                    texts.read([example.caption for example in chosen]).hidden,
+                )
                 for row, example in enumerate(chosen):
                     name = example.item.path.name
                     seen.add(name)
@@ -398,4 +415,4 @@ def test_keys_do_not_depend_on_the_day_or_the_process(tmp_path: Path):
     assert cache.path("a cat").parent.name == GOLDEN_KEY[:2]
 
 
-GOLDEN_KEY = "b463cc35ec8c3a5883e5b7a74e7092294a5cac136ab2179c5ffbc1db219803f0.safetensors"
+GOLDEN_KEY = "0380b27f72792c487fc82717e9b853664a5043f13c2db64b2941bd6cfa58320d.safetensors"

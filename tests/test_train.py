@@ -199,13 +199,6 @@ def test_keep_leaves_the_newest_checkpoints(short_run):
     assert folder.saved_steps() == [plan.steps - 1, plan.steps]
 
 
-def test_captions_that_are_cut_are_named(short_run, pictures):
-    (pictures / "picture 1.txt").write_text("emoji of " + "very " * 40 + "long thing", encoding="utf-8")
-    _, events = train_weights(short_run())
-    warning = next(event for event in events if isinstance(event, Warned))
-    assert "picture 1.png" in warning.message
-
-
 def test_two_processes_take_the_same_steps_as_one(tmp_path, short_run):
     """Data parallel on CPUs: the same images and noise in each step, so the same losses."""
     losses = {}

@@ -819,21 +819,36 @@ def test_a_folder_of_images_read_as_a_dataset(tmp_path: Path, cache: Path):
     assert contents(folder)["000001.png"] == image_file(1)
 
 
-def test_a_path_in_a_dataset_cannot_lead_out_of_it(tmp_path: Path, cache: Path):
+def test_archives_of_images_in_a_dataset(tmp_path: Path, cache: Path):
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    lines = b'{"file_name": "a.png", "text": "one"}\n{"file_name": "b.png", "text": "two"}\n'
+    files = {"metadata.jsonl": lines, "a.png": image_file(1), "b.png": image_file(2)}
+    zipped(tmp_path / "set" / "train.zip", files)
+    folder = as_folder(f"hf:{tmp_path / 'set'}", cache)
+    assert captions(folder) == {"000000.png": "one", "000001.png": "two"}
+    assert contents(folder)["000001.png"] == image_file(2)
+
+
+def test_a_path_in_a_dataset_cannot_lead_out_of_it(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
     library = pytest.importorskip("datasets")
     (tmp_path / "private.png").write_bytes(image_file())
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "mine.png").write_bytes(image_file(7))
     inside, outside = str(tmp_path / "set" / "mine.png"), str(tmp_path / "private.png")
-    paths = [inside, outside, f"file://{outside}", str(tmp_path / "set" / ".." / "private.png"), inside + "x"]
-    columns = {"image": [{"bytes": None, "path": path} for path in paths], "text": ["a"] * 5}
+    paths = [
+        *(inside, outside, f"file://{outside}", str(tmp_path / "set" / ".." / "private.png")),
+        *("http://127.0.0.1:9/a.png", f"file://{outside}::{inside}", "mine.png", inside + "x"),
+    ]
+    monkeypatch.chdir(tmp_path / "set")  # where `http:` could be a folder's name
+    columns = {"image": [{"bytes": None, "path": path} for path in paths], "text": ["a"] * 8}
     schema = library.Features({"image": library.Image(), "text": library.Value("string")}).arrow_schema
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(arrow.table(columns, schema=schema), tmp_path / "set" / "train.parquet")
     problems = problems_of(f"hf:{tmp_path / 'set'}", cache)
-    assert [p.where[-5:] for p in problems] == ["row 1", "row 2", "row 3", "row 4"]
-    assert all("leads out of the dataset" in p.what for p in problems[:3])
-    assert "where nothing is" in problems[3].what
+    assert [p.where[-5:] for p in problems] == [f"row {number}" for number in range(1, 8)]
+    assert all("leads out of the dataset" in p.what for p in problems[:6])
+    assert "where nothing is" in problems[6].what
 
 
 @pytest.mark.parametrize(

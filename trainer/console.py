@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -123,15 +124,35 @@ def print_plan(plan: Plan) -> None:
     out.print(f"[bold]{escape(config.name)}[/] on {escape(plan.base.title)}")
     _print_images(plan)
     sources = ", ".join(f"{count} from {source}" for source, count in plan.caption_sources().items())
-    out.print(f"captions: {facts['captions']} of {facts['images']} used ({sources})", markup=False)
+    by_machine = f"; {facts['machine_captions']} written by a machine" if facts["machine_captions"] else ""
+    out.print(f"captions: {facts['captions']} of {facts['images']} used ({sources}){by_machine}", markup=False)
     for example in plan.examples[:_CAPTIONS_SHOWN]:
-        out.print(f"  {example.name}: {example.caption!r}", markup=False)
+        out.print(f"  {example.name}: {example.caption!r}{_and_more(example.captions)}", markup=False)
+    if facts["masks"]:
+        out.print(f"masks: of {facts['masks']} of {facts['images']} images")
+    for line in _data_lines(facts["data"]):
+        out.print(line, markup=False)
     buckets = ", ".join(f"{count} x {size}" for size, count in facts["buckets"].items())
     out.print(f"buckets: {buckets}")
     out.print(f"length: {length_sentence(plan)}")
     out.print(what_is_trained(config.adapter), markup=False)
     for warning in plan.warnings():
         out.print(f"[yellow]warning:[/] {escape(warning)}")
+
+
+def _and_more(captions: tuple[str, ...]) -> str:
+    others = len(set(captions)) - 1
+    return f" and {others} more variants" if others else ""
+
+
+def _data_lines(data: list[dict[str, Any]]) -> Iterator[str]:
+    """How much of the training each set of images is, where there are several or one is shown in several ways."""
+    for one in data:
+        kind = f", regularization, loss weight {one['loss_weight']:g}" if one["regularization"] else ""
+        ways = f", each in {one['views_per_image']} views" if one["views_per_image"] > 1 else ""
+        if len(data) > 1 or ways or kind:
+            share = f", {one['share']:.0%} of what is shown" if len(data) > 1 else ""
+            yield f"data {one['name']}: {one['images']} images{share}{kind}{ways}"
 
 
 def _print_images(plan: Plan) -> None:
@@ -143,9 +164,12 @@ def _print_images(plan: Plan) -> None:
     for example in listed:
         item, fit = example.item, example.fit
         done = [*item.notes, f"{fit.cropped_share:.0%} cropped" if fit.cropped_share >= 0.005 else "not cropped"]
-        if item.repeats != 1:
-            done.append(f"shown {item.repeats} times an epoch")
-        size, bucket = (f"{w} x {h}" for w, h in (fit.original, fit.bucket))
+        if example.entry.shows != 1:
+            done.append(f"shown {example.entry.shows:g} times an epoch")
+        if example.is_masked:
+            done.append("masked")
+        size = f"{fit.original[0]} x {fit.original[1]}"
+        bucket = ", ".join(f"{w} x {h}" for w, h in dict.fromkeys(example.entry.buckets))
         table.add_row(escape(example.name), size, bucket, escape(item.source), escape(", ".join(done)))
     out.print(f"images: {len(plan.examples)}")
     if listed:
