@@ -165,7 +165,8 @@ class Plan:
         cropped = [example for example in self.examples if example.fit.cropped_share > most]
         if not cropped:
             return
-        told = f"{_images(len(cropped))} lose over {most:.0%} of their area to the crop: {_names(cropped)}."
+        whose = "loses over {:.0%} of its" if len(cropped) == 1 else "lose over {:.0%} of their"
+        told = f"{_images(len(cropped))} {whose.format(most)} area to the crop: {_names(cropped)}."
         rules = bucket_rules(self.config, self.base)
         now = sum(example.fit.cropped_share for example in cropped)
         choices = {
@@ -175,7 +176,7 @@ class Plan:
         lost = {setting: sum(_lost_under(example, other) for example in cropped) for setting, other in choices.items()}
         best = min(lost, key=lambda setting: lost[setting])
         if lost[best] < 0.8 * now:
-            told += f" With {best} they would lose {lost[best] / len(cropped):.0%}, not {now / len(cropped):.0%}."
+            told += f" With {best} {lost[best] / len(cropped):.0%} would be lost, not {now / len(cropped):.0%}."
         else:
             told += " Cut them yourself, to keep what matters."
         yield told
