@@ -2,8 +2,8 @@
 
 CLIP reads 77 tokens: a start, 75 of the caption, an end. A longer caption becomes several such pieces, each encoded on
 its own; cross-attention reads their embeddings one after the other. A piece ends at its last comma if that stands
-within `BACKTRACK` tokens of the end, so that no tag is torn. A1111, Forge and ComfyUI chunk prompts in this way; ComfyUI looks
-for the end of a word in place of a comma, so that the words before a border may stand in the other of two pieces there.
+within `BACKTRACK` tokens of the end, so that no tag is torn. A1111, Forge and ComfyUI chunk prompts in this way;
+ComfyUI looks for the end of a word in place of a comma, so that words before a border may stand in the other piece.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -56,6 +56,10 @@ class Source:
     @property
     def name(self) -> str:
         return self.label or self.path.name
+
+    def told(self, where: str) -> str:
+        """A place as the person knows it: `photos.zip/a.png` for a file of the folder that it was unpacked to."""
+        return where.replace(str(self.path), self.name, 1) if self.name != self.path.name else where
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,8 @@ def load_examples(
         except DataError as error:
             problems += error.problems
             continue
-        problems += [*found.problems, *_unfit(found.items), *_without_effect(source, found.items)]
+        told = [*found.problems, *_unfit(found.items), *_without_effect(source, found.items)]
+        problems += [replace(problem, where=source.told(problem.where)) for problem in told]
         examples += [_example(item, source, rules, f"{seed}/{len(examples) + n}") for n, item in enumerate(found.items)]
     if problems:
         raise DataError.of(problems)

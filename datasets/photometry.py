@@ -199,7 +199,7 @@ def _tiles(values: Floats) -> Floats:
 # blocks
 
 _BLOCK = 8
-_BLOCKS_SEEN = 1024
+_BLOCKS_SEEN = 512
 """Pixels; the middle of a large picture tells enough."""
 _FEWEST_BLOCKS = 16
 """Along a side; fewer tell little, and the edges of the picture itself may lie on them by chance."""

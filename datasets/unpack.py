@@ -40,7 +40,7 @@ CODE_VERSION = 1
 HUB = "hf:"
 _SEAL = ".unpacked.json"
 """Written last, of how many files and bytes there are: caches are cleaned by people and programs that take a part."""
-_ACCEPTED = "Give a folder of images, a .zip or .parquet file, or hf:owner/name for a dataset of the Hub."
+_ACCEPTED = "Set data.path to a folder of images, a .zip or .parquet file, or hf:owner/name for a dataset of the Hub."
 _UNREAD_ARCHIVES = {".rar", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst"}
 
 
@@ -170,7 +170,7 @@ def _source(address: Address, cache: Path) -> _Source | None:
         return Parquet(shards_of(tables, path, asked.get("split"), written), written, asked) if tables else None
     if not path.is_file():
         on_hub = f" On the Hub it may be: {HUB}{written}." if re.fullmatch(r"[\w.-]+/[\w.-]+", written) else ""
-        raise DataError("there is no such file or folder", written, _ACCEPTED + on_hub)
+        raise DataError("there is no such folder or file", written, _ACCEPTED + on_hub)
     if path.suffix.lower() == ".zip":
         address.allow()
         return Archive(path, written)

@@ -48,7 +48,7 @@ def test_our_datasets_import_from_the_repository_root():
 def test_hugging_face_datasets_wins_over_the_folder_even_in_the_repository_root(tmp_path: Path):
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "__init__.py").write_text("origin = 'installed'\n", encoding="utf-8")
-    code = f"import sys; sys.path.append({str(tmp_path)!r}); import datasets; print(datasets.origin)"
+    code = f"import sys; sys.path.insert(1, {str(tmp_path)!r}); import datasets; print(datasets.origin)"
     assert python(code, ROOT) == "installed"
 
 
@@ -69,7 +69,9 @@ def test_no_heavy_library_is_imported_by(module: str, tmp_path: Path):
     assert python(code, tmp_path) == "[]"
 
 
-@pytest.mark.parametrize("module", ["folder", "captions", "buckets", "images", "dataset"])
+@pytest.mark.parametrize(
+    "module", ["folder", "captions", "buckets", "images", "dataset", "checks", "unpack", "filling"]
+)
 def test_no_heavy_library_is_imported_by_the_data_module(module: str, tmp_path: Path):
     code = f"import sys, lorasmith.datasets.{module}; print([name for name in {HEAVY} if name in sys.modules])"
     assert python(code, tmp_path) == "[]"

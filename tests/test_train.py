@@ -21,7 +21,7 @@ from lorasmith.trainer.checkpoint import load_checkpoint
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.configfile import to_toml
 from lorasmith.trainer.errors import BaseModelError, RunError, TrainingError, UserError
-from lorasmith.trainer.events import Event, EventLog, PlanMade, Step, Warned, read_events
+from lorasmith.trainer.events import Event, EventLog, PlanMade, Step, read_events
 from lorasmith.trainer.jobs import RunFolder, create_run
 from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.lorafile import inspect

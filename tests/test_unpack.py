@@ -101,7 +101,7 @@ def test_a_folder_of_images_stays_where_it_is(tmp_path: Path, cache: Path, monke
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        ("missing.zip", None, "there is no such file or folder"),
+        ("missing.zip", None, "there is no such folder or file"),
         ("a.rar", b"Rar!", "is a .rar archive, which is not read here"),
         ("a.png", image_file(), "is a file, and of no kind that is unpacked here"),
     ],

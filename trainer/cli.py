@@ -118,7 +118,7 @@ def demo(
 @app.command()
 def init(
     file: Annotated[Path, typer.Argument(help="The TOML file to write.")],
-    images: Annotated[Path, typer.Option(help="The folder of images.")],
+    images: Annotated[str, typer.Option(help="The folder of images, or what else data.path may be.")],
     base: Annotated[str, typer.Option(help="A Hub id, a diffusers folder, pocket, or random:sd15, ...")] = "pocket",
     name: Annotated[str, typer.Option(help="The run's name; the file's name without .toml if not given.")] = "",
     trigger: Annotated[str, typer.Option(help="The word that will call the style.")] = "",
@@ -127,16 +127,17 @@ def init(
     """Write a commented configuration for a folder of images."""
     from ..configs import read_recipe, recipe_for, recipe_names
     from ..datasets.folder import scan
+    from ..datasets.unpack import as_folder
     from .bases import inspect_base
     from .configfile import merge, to_toml, validate
-    from .files import write_text
+    from .files import user_cache, write_text
 
     if file.exists():
         raise ConfigError("exists already", str(file), "Choose another name, or remove it.")
     if file.suffix.lower() != ".toml":
         raise ConfigError("does not end in .toml", str(file), f"Call it {file.name}.toml.")
     _refuse_unwritable(file.parent, str(file))
-    count = len(scan(images))
+    count = len(scan(as_folder(images, user_cache())))
     found = inspect_base(base)
     recipe = recipe or recipe_for(base, found.family)
     if recipe not in recipe_names():
@@ -144,7 +145,9 @@ def init(
     answers = {
         "name": name or file.stem,
         "base": {"model": base},
-        "data": [{"path": _path_from(file.parent, images), "trigger": trigger}],
+        "data": [
+            {"path": _path_from(file.parent, Path(images)) if Path(images).exists() else images, "trigger": trigger}
+        ],
     }
     config = validate(merge(read_recipe(recipe), answers), source="init")
     write_text(file, to_toml(config))
@@ -154,7 +157,7 @@ def init(
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of images.")],
+    data: Annotated[str, typer.Argument(metavar="DIR", help="The folder of images, or what else data.path may be.")],
     resolution: Annotated[
         int, typer.Option(min=64, max=4096, help="The side in pixels that the images are to be trained at.")
     ] = 512,
@@ -171,9 +174,12 @@ def check(
     from ..datasets.checks import BLOCKED, examine
     from ..datasets.repair import check_place, write_copy
     from ..datasets.report import report, verdict
+    from ..datasets.unpack import as_folder
     from .console import Reporter
     from .events import Phase
+    from .files import user_cache
 
+    folder = as_folder(data, user_cache())
     if fix:
         check_place(folder, fix)
         _refuse_unwritable(fix, "--fix")
@@ -480,9 +486,19 @@ def ui(
 
 
 def _plan_of(file: Path, overrides: list[str] | None) -> Plan:
+    from .console import Reporter
+    from .events import Phase
     from .plan import make_plan
 
-    return make_plan(_config_of(file, overrides))
+    config = _config_of(file, overrides)
+    with Reporter() as report:
+        return make_plan(
+            config, lambda done, total: report(Phase("reading images", done, total)) if total > _MANY else None
+        )
+
+
+_MANY = 100
+"""Images; reading fewer takes no time worth a word."""
 
 
 def _config_of(file: Path, overrides: list[str] | None) -> RunConfig:

@@ -27,8 +27,8 @@ LR = 1e-3
 WARMUP = 100
 KL_WEIGHT = 1e-7
 FIRST_LOG_VARIANCE = -6.0
-"""Of the posterior at the start. From 0, where the noise is louder than the picture, the decoder learns not to listen to
-some channels in the first steps, and they stay silent for ever."""
+"""Of the posterior at the start. From 0, where the noise is louder than the picture, the decoder learns in the first
+steps not to listen to some channels, and they stay silent for ever."""
 Tell = Callable[[str], None]
 RECOLOURED = 0.4
 """Share of pictures shown in other colours, so that the VAE can also draw styles that none of its pictures has."""
