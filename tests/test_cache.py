@@ -87,7 +87,7 @@ def test_what_is_read_back_is_a_fresh_encode_of_each_image(base: Base, cache: La
     assert mean.dtype == std.dtype == torch.float32
     assert bool((std > 0).all())
     for row, example in enumerate(examples):
-        torch.testing.assert_close(mean[row], fresh_mean(base, example))
+        torch.testing.assert_close(mean[row], fresh_mean(base, example), atol=1e-4, rtol=1e-4)
 
 
 def test_reading_keeps_the_order_that_is_asked_for(base: Base, cache: LatentCache, photos: Path):
@@ -157,7 +157,7 @@ def test_another_resolution_is_encoded_again(base: Base, cache: LatentCache, pho
     [
         {"crop_left": 3},
         {"crop_top": 3},
-        {"resized": (70, 70)},
+        {"resized": (90, 90)},
         {"bucket": (48, 64)},
         {"flip": True},
         {"colours": Colours(hue=0.1)},
@@ -359,7 +359,7 @@ def test_in_the_batches_of_a_plan_each_image_meets_its_own_caption(base: Base, t
                 for row, example in enumerate(chosen):
                     name = example.item.path.name
                     seen.add(name)
-                    torch.testing.assert_close(mean[row], fresh_mean(base, example))
+                    torch.testing.assert_close(mean[row], fresh_mean(base, example), atol=1e-4, rtol=1e-4)
                     with torch.no_grad():
                         assert torch.equal(hidden[row], base.encode([expected[name]]).hidden[0])
         assert seen == set(expected)

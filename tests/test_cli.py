@@ -82,7 +82,7 @@ def test_from_init_to_export(tmp_path: Path, pictures: Path):
     files = [Path(line) for line in trained.stdout.splitlines() if line.endswith(".safetensors")]
     assert [file.name for file in files] == ["mine.safetensors", "mine-diffusers.safetensors"]
     assert all(file.is_file() for file in files)
-    assert "training unet: 165 modules" in trained.stderr
+    assert "training unet: 129 modules" in trained.stderr
     beside = {path.name for path in (tmp_path / "runs/mine/exports").iterdir()}
     assert beside >= {"mine.md", "mine.json", "mine.png", "mine-grid.png"}
 

@@ -281,6 +281,24 @@ def test_the_plan_says_which_setting_would_crop_less(tmp_path: Path):
     assert narrow.facts()["placed"][0] == narrow.facts()["placed"][0] | {"image": "wide.png", "buckets": ["512x128"]}
 
 
+def test_the_plan_warns_of_wildcards_that_are_switched_off(tmp_path: Path):
+    picture(tmp_path / "photos" / "a.png", (64, 64), (1, 2, 3))
+    (tmp_path / "photos" / "a.txt").write_text("a {red|blue} cat", encoding="utf-8")
+    data, runtime = {"path": str(tmp_path / "photos")}, {"cache": str(tmp_path / "cache")}
+    assert any("data.wildcards = true" in warning for warning in make_plan(config_of(data, runtime=runtime)).warnings())
+    expanded = make_plan(config_of(data | {"wildcards": True}, runtime=runtime))
+    assert not any("wildcards" in warning for warning in expanded.warnings())
+
+
+def test_previews_are_of_the_style_and_not_of_regularisation_images(tmp_path: Path):
+    for name in ("style", "reg"):
+        picture(tmp_path / name / "a.png", (64, 64), (len(name), 2, 3))
+        (tmp_path / name / "a.txt").write_text(f"of {name}", encoding="utf-8")
+    reg = {"path": str(tmp_path / "reg"), "regularization": True}
+    config = config_of({"path": str(tmp_path / "style")}, reg, runtime={"cache": str(tmp_path / "cache")})
+    assert make_plan(config).config.sample.prompts == ["of style"]
+
+
 def test_every_default_of_a_data_table_is_without_effect_on_the_others():
     """A complete file spells out every default, and must be valid."""
     complete = DataSection(path="photos").model_dump()

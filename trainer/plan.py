@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..datasets.buckets import BatchOrder, BucketRules, fit, images_by_step
-from ..datasets.captions import CaptionRules
+from ..datasets.captions import CaptionRules, has_wildcard
 from ..datasets.dataset import Example, Source, bucket_counts, dataset_fingerprint, load_examples, tag_frequency
 from ..datasets.sidecars import METADATA
-from ..datasets.unpack import as_folder, display_name
+from ..datasets.unpack import anchored, as_folder, display_name
 from ..datasets.views import Augmentation
 from ..datasets.workers import Progress
 from .bases import BaseInfo, inspect_base
@@ -154,6 +154,12 @@ class Plan:
         named = [example for example in self.examples if example.item.source == "folder name"]
         if named:
             yield f"{_images(len(named))} have no caption but their folder's name: {_names(named)}."
+        braced = [e for e in self.examples if not e.source.captions.wildcards and any(map(has_wildcard, e.captions))]
+        if braced:
+            yield (
+                f"the captions of {_images(len(braced))} hold wildcards such as {{a|b}}, which are read as they are: "
+                f"{_names(braced)}. Set data.wildcards = true if one of the parts is meant."
+            )
         if self.config.adapter.kind == "full":
             yield from self._warnings_of_full()
         if self.base.prediction != self.prediction_of_base:
@@ -236,6 +242,8 @@ def _completed(config: RunConfig, examples: list[Example]) -> RunConfig:
     """The configuration with absolute paths and preview prompts, so that it means the same from anywhere."""
     config = config.model_copy(deep=True)
     config.runs = str(Path(config.runs).expanduser().absolute())
+    for data in config.data:
+        data.path = anchored(data.path, Path.cwd())
     if Path(config.base.model).expanduser().is_dir():
         config.base.model = str(Path(config.base.model).expanduser().absolute())
     if config.runtime.cache:
@@ -246,8 +254,9 @@ def _completed(config: RunConfig, examples: list[Example]) -> RunConfig:
 
 
 def prompts_from(examples: list[Example]) -> list[str]:
-    """A few different captions, spread evenly over the examples."""
-    captions = list(dict.fromkeys(example.caption for example in examples if example.caption)) or [""]
+    """A few different captions of the style, spread evenly over the examples."""
+    own = [example for example in examples if not example.source.regularization]
+    captions = list(dict.fromkeys(example.caption for example in own if example.caption)) or [""]
     stride = max(1, len(captions) // PREVIEWS_BY_DEFAULT)
     return captions[::stride][:PREVIEWS_BY_DEFAULT]
 
