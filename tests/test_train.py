@@ -255,8 +255,8 @@ def test_strength_scales_the_effect(short_run):
         for name, parameter in base.unet.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(len(name)))
-        layer = base.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
-        x = torch.randn(1, 4, 96, generator=torch.Generator().manual_seed(0))
+        layer = base.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q
+        x = torch.randn(1, 4, 160, generator=torch.Generator().manual_seed(0))
         full = layer(x)
         with strength(base, 0):
             none = layer(x)
