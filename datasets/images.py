@@ -21,6 +21,9 @@ UNREAD_IMAGES = {
 }
 """Suffixes of pictures that are not read, so that a folder which holds some is not taken for complete."""
 EXIF_ORIENTATION = 0x0112
+warnings.filterwarnings("ignore", module=r"PIL\.")
+"""Of broken EXIF data, which nobody here reads, and of large images: those over twice that size are errors. Once for
+all, because images are decoded in threads, in which filters cannot be changed for a while only."""
 LAID_ON_WHITE = "transparency laid on white"
 
 
@@ -76,15 +79,12 @@ def read_grey(path: Path) -> Image.Image:
 def _read_upright(path: Path) -> tuple[Image.Image, list[str]]:
     notes: list[str] = []
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # over twice that size is an error
-            warnings.simplefilter("ignore", UserWarning)  # of broken EXIF data; the pixels are what counts
-            with Image.open(path, formats=_formats_here()) as file:
-                orientation = file.getexif().get(EXIF_ORIENTATION, 1)
-                if getattr(file, "n_frames", 1) > 1:
-                    notes.append("first frame of an animation")
-                file.load()
-                image = ImageOps.exif_transpose(file)
+        with Image.open(path, formats=_formats_here()) as file:
+            orientation = file.getexif().get(EXIF_ORIENTATION, 1)
+            if getattr(file, "n_frames", 1) > 1:
+                notes.append("first frame of an animation")
+            file.load()
+            image = ImageOps.exif_transpose(file)
     except _DECODING_ERRORS as error:
         raise UnreadableImageError(_in_words(error)) from error
     if image.mode == "F":
