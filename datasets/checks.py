@@ -19,7 +19,7 @@ import numpy as np
 
 from ..trainer.errors import Problem, UserError
 from .captions import TRIGGER_PLACE, has_word, with_trigger
-from .dataset import LEAST_SIDE, MOST_OBLONG
+from .dataset import LEAST_SIDE, unfit
 from .folder import Item, look
 from .images import LAID_ON_WHITE
 from .photometry import NORMAL_SIDE, Measures, measure
@@ -138,7 +138,10 @@ def examine(
     measured = map_files(measure, paths, lambda done, total: progress("measuring", done, total))
     measures = dict(zip(paths, measured, strict=True))
     case = Case(folder, found.items, measures, resolution, trigger.strip())
-    findings = [*unusable(case, found.problems), *(finding for check in CHECKS for finding in check(case))]
+    findings = [
+        *unusable(case, [*found.problems, *unfit(found.items)]),
+        *(finding for check in CHECKS for finding in check(case)),
+    ]
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))  # stable: checks stay in their order
     return Examination(folder, lines, found.items, found.problems, measures, findings, count_tokens(case))
 
@@ -148,24 +151,12 @@ def examine(
 
 
 def unusable(case: Case, problems: Sequence[Problem]) -> Iterator[Finding]:
-    """What the folder's reader refuses."""
+    """What training refuses."""
     for problem in problems:
         place = Path(problem.where)
         inside = place.is_relative_to(case.folder) and place != case.folder
         where = place.relative_to(case.folder).as_posix() if inside else problem.where
         yield Finding("unusable", "error", where, problem.what, problem.fix)
-
-
-def hopeless(case: Case) -> Iterator[Finding]:
-    """Images that can be decoded, and that training refuses for their size."""
-    for item in case.items:
-        short, long = sorted((item.width, item.height))
-        if short < LEAST_SIDE:
-            what, fix = f"is only {item.width} x {item.height} pixels", f"Remove it; the least is {LEAST_SIDE} a side."
-            yield Finding("unusable", "error", case.name(item), what, fix)
-        elif long > MOST_OBLONG * short:
-            what = f"is {item.width} x {item.height} pixels, and nearly all of it would be cropped off"
-            yield Finding("unusable", "error", case.name(item), what, "Cut it into parts, or remove it.")
 
 
 def converted(case: Case) -> Iterator[Finding]:
@@ -499,7 +490,7 @@ def content_words(text: str) -> list[str]:
 
 
 CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
-    *(hopeless, exact_duplicates, near_duplicates, too_small, blurred, blocky, bordered, unlike_the_rest),
+    *(exact_duplicates, near_duplicates, too_small, blurred, blocky, bordered, unlike_the_rest),
     *(uncaptioned, captioned_alike, too_long, triggered, always_there, converted),
 )
 """In the order in which they are told, within each severity."""

@@ -134,7 +134,7 @@ def load_examples(
         except DataError as error:
             problems += error.problems
             continue
-        told = [*found.problems, *_unfit(found.items), *_without_effect(source, found.items)]
+        told = [*found.problems, *unfit(found.items), *_without_effect(source, found.items)]
         problems += [replace(problem, where=source.told(problem.where)) for problem in told]
         examples += [_example(item, source, rules, f"{seed}/{len(examples) + n}") for n, item in enumerate(found.items)]
     if problems:
@@ -154,7 +154,7 @@ def _example(item: Item, source: Source, rules: BucketRules, seed: str) -> Examp
     )
 
 
-def _unfit(items: Sequence[Item]) -> Iterator[Problem]:
+def unfit(items: Sequence[Item]) -> Iterator[Problem]:
     """Images that can be decoded, but not be learned from."""
     for item in items:
         short, long = sorted((item.width, item.height))
