@@ -296,7 +296,10 @@ def test_previews_are_of_the_style_and_not_of_regularisation_images(tmp_path: Pa
         (tmp_path / name / "a.txt").write_text(f"of {name}", encoding="utf-8")
     reg = {"path": str(tmp_path / "reg"), "regularization": True}
     config = config_of({"path": str(tmp_path / "style")}, reg, runtime={"cache": str(tmp_path / "cache")})
-    assert make_plan(config).config.sample.prompts == ["of style"]
+    plan = make_plan(config)
+    assert plan.config.sample.prompts == ["of style"]
+    assert [folder[0] for folder in plan.dataset_facts()["folders"]] == ["style"]
+    assert list(plan.dataset_facts()["tag_frequency"]) == ["style"]
 
 
 def test_every_default_of_a_data_table_is_without_effect_on_the_others():

@@ -119,12 +119,13 @@ class Plan:
         }
 
     def dataset_facts(self) -> dict[str, Any]:
-        """What an export says of the images; kept in `events.jsonl`, so that it needs neither images nor plan."""
-        counts = Counter((e.source.name, e.item.repeats, e.source.captions.trigger) for e in self.examples)
+        """What an export says of the style's images; in `events.jsonl`, so that it needs neither images nor plan."""
+        style = style_of(self.examples)
+        counts = Counter((e.source.name, e.item.repeats, e.source.captions.trigger) for e in style)
         return {
             "folders": [[name, images, repeats, trigger] for (name, repeats, trigger), images in counts.items()],
             "buckets": [[width, height, images] for (width, height), images in bucket_counts(self.examples).items()],
-            "tag_frequency": tag_frequency(self.examples),
+            "tag_frequency": tag_frequency(style),
         }
 
     @property
@@ -253,10 +254,14 @@ def _completed(config: RunConfig, examples: list[Example]) -> RunConfig:
     return config
 
 
+def style_of(examples: list[Example]) -> list[Example]:
+    """All but the regularisation images."""
+    return [example for example in examples if not example.source.regularization]
+
+
 def prompts_from(examples: list[Example]) -> list[str]:
     """A few different captions of the style, spread evenly over the examples."""
-    own = [example for example in examples if not example.source.regularization]
-    captions = list(dict.fromkeys(example.caption for example in own if example.caption)) or [""]
+    captions = list(dict.fromkeys(example.caption for example in style_of(examples) if example.caption)) or [""]
     stride = max(1, len(captions) // PREVIEWS_BY_DEFAULT)
     return captions[::stride][:PREVIEWS_BY_DEFAULT]
 
