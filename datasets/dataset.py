@@ -172,7 +172,8 @@ def _without_effect(source: Source, items: Sequence[Item]) -> Iterator[Problem]:
     captions = [caption for item in items for caption in item.captions]
     if source.mask == "alpha" and items and not any(item.transparent for item in items):
         yield Problem(where, 'no image is transparent, so data.mask = "alpha" has no effect', "Remove it.")
-    if source.unmasked_weight and items and not any(item.mask or item.transparent for item in items):
+    masked = any(item.mask or (source.mask == "alpha" and item.transparent) for item in items)
+    if source.unmasked_weight and items and not masked:
         yield Problem(where, "no image has a mask, so data.unmasked_weight has no effect", "Remove it.")
     if rules.wildcards and items and not any(map(has_wildcard, captions)):
         yield Problem(where, "no caption holds a wildcard such as {a|b}, so data.wildcards has no effect", "Remove it.")

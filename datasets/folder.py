@@ -31,6 +31,7 @@ from .sidecars import Caption, Lines, Sidecars, cannot_be_read
 from .workers import Progress, map_files
 
 MOST_REPEATS = 500
+_LEFT_BY_SYSTEMS = {"__MACOSX", "@eaDir", "@tmp", "@Recycle", "#recycle"}
 _REPEATS = re.compile(r"(\d+)_(.+)")
 
 
@@ -144,7 +145,7 @@ def _walk(folder: Path, problems: list[Problem]) -> list[Path]:
             folders.clear()
             continue
         visited.add(place)
-        inner = [name for name in folders if not name.startswith((".", "@")) and name != "__MACOSX"]
+        inner = [name for name in folders if not name.startswith(".") and name not in _LEFT_BY_SYSTEMS]
         folders[:] = sorted(name for name in inner if stays_inside(Path(parent, name)))
         plain = [Path(parent, name) for name in names if not name.startswith(".") and name != "Thumbs.db"]
         found += [file for file in plain if stays_inside(file)]

@@ -742,3 +742,8 @@ def test_a_source_file_beside_its_export_is_no_problem(tmp_path: Path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.psd").write_bytes(b"8BPS")
     assert [item.path.name for item in scan(tmp_path)] == ["a.png"]
+
+
+def test_a_folder_named_after_an_artist_is_read(tmp_path: Path):
+    picture(tmp_path / "@artist" / "a.png")
+    assert [item.path.name for item in scan(tmp_path)] == ["a.png"]

@@ -206,9 +206,10 @@ class Base:
 
     @cached_property
     def text_fingerprint(self) -> str:
-        """A hash of the text encoders' weights and their token limit."""
+        """A hash of the text encoders' weights, their token limit, and the tokens that frame and fill a caption."""
         hashes = [fingerprint(encoder) for encoder in self.text_encoders.values()]
-        return "-".join([*hashes, *(str(tokenizer.model_max_length) for tokenizer in self.tokenizers)])
+        frames = [(t.model_max_length, t.bos_token_id, t.eos_token_id, t.pad_token_id) for t in self.tokenizers]
+        return "-".join([*hashes, *(str(number) for frame in frames for number in frame)])
 
 
 def _chunks(tokenizer: CLIPTokenizer, caption: str) -> list[list[int]]:
