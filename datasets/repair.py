@@ -26,8 +26,8 @@ from .sidecars import Lines
 RECORD = "fixes.json"
 _JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 _JPEG_QUALITY = 95
-_HELD_BY_NO_FILE = ("none", "folder name")
-"""Sources of captions that the copy needs no file for either, since its folders have the same names."""
+_NO_CAPTION = "none"
+"""Stands in place of a source where there is no caption. A folder's name is written out: the copy's may be another."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _mend(item: Item, name: str, target: PurePosixPath, borders: Borders) -> Men
         done.append(f"bars cropped off: {borders}")
     if str(target) != name:
         done.append(f"saved as {target}")
-    if item.source not in _HELD_BY_NO_FILE:
+    if item.source != _NO_CAPTION:
         done.append(f"caption from {item.source}")
     if item.mask:
         done.append("mask cropped likewise" if borders else "mask copied")
@@ -184,7 +184,7 @@ def _write(mend: Mend, copy: Path, lines: Lines) -> None:
     _write_picture(mend, target)
     if mend.item.mask:
         _write_mask(mend, mend.item.mask.path, target.parent / "mask" / f"{target.stem}.png")
-    if mend.item.source not in _HELD_BY_NO_FILE:
+    if mend.item.source != _NO_CAPTION:
         _write_captions(mend.item, target, lines)
 
 
