@@ -137,7 +137,7 @@ def encode(base: Base, batch: Sequence[Shown], pixels: np.ndarray) -> list[dict[
         if not (mean.isfinite().all() and std.isfinite().all()):
             where, fix = str(example.item.path), "Look at the image, or use another VAE."
             raise DataError("its latents are not finite", where, fix)
-    return [{"mean": mean.contiguous(), "std": std.contiguous()} for mean, std in zip(means.clone(), stds, strict=True)]
+    return [{"mean": mean.contiguous(), "std": std.contiguous()} for mean, std in zip(means, stds, strict=True)]
 
 
 def _geometry(view: View) -> list[object]:
