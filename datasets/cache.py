@@ -1,6 +1,6 @@
 """Latents, loss masks and text embeddings on disk, keyed by all they depend on: an entry is right or absent.
 
-The key of latents is a hash of the image file's bytes, the view, the VAE's weights and `CODE_VERSION`; that of a mask
+The key of latents is a hash of the image file's bytes, the view, the VAE in its precision and `CODE_VERSION`; of a mask
 is one of its file's bytes and the view; of embeddings, of the caption and the text encoders' weights. Entries live
 outside the dataset folder, and may be deleted at any time.
 """
@@ -82,7 +82,7 @@ class LatentCache:
         """
         views = [(example, view) for example in examples for view in example.views]
         missing = [pair for pair in views if self.cache.read(self.path(*pair)) is None]
-        present = len(views) - len(missing)
+        present, files = len(views) - len(missing), _Unchanged()
         progress(present, len(views))
         with ThreadPoolExecutor(_READERS) as readers:
             batches = list(batches_of_one_size(missing, 0 if base.device.type == "cpu" else _PIXELS_AT_ONCE))
@@ -92,7 +92,7 @@ class LatentCache:
                 if number + _READERS < len(batches):
                     coming.append(readers.submit(_pixels_of, batches[number + _READERS]))
                 for (example, view), entry in zip(batch, encode(base, batch, pixels), strict=True):
-                    _check_unchanged(example.item.path, example.item.sha256)
+                    files.check(example.item.path, example.item.sha256)
                     self.cache.write(self.path(example, view), entry)
                 present += len(batch)
                 progress(present, len(views))
@@ -131,8 +131,7 @@ def encode(base: Base, batch: Sequence[Shown], pixels: np.ndarray) -> list[dict[
     before the scaling factor."""
     scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(base.vae.device).float() / 127.5 - 1
     with torch.no_grad():
-        posterior = base.vae.encode(scaled).latent_dist
-    means, stds = posterior.mean.float().cpu(), posterior.std.float().cpu()
+        means, stds = (moment.cpu() for moment in base.posterior(scaled))
     for (example, _), mean, std in zip(batch, means, stds, strict=True):
         if not (mean.isfinite().all() and std.isfinite().all()):
             where, fix = str(example.item.path), "Look at the image, or use another VAE."
@@ -144,10 +143,18 @@ def _geometry(view: View) -> list[object]:
     return [view.fit.original, view.fit.resized, view.fit.bucket, view.fit.crop_left, view.fit.crop_top, view.flip]
 
 
-def _check_unchanged(file: Path, sha256: str) -> None:
+class _Unchanged:
     """The key holds the hash of the bytes that were scanned; other bytes must not be stored under it."""
-    if sha256_of(file) != sha256:
-        raise DataError("has changed since it was scanned", str(file), "Start again.")
+
+    def __init__(self) -> None:
+        self.seen: dict[Path, tuple[int, int]] = {}
+
+    def check(self, file: Path, sha256: str) -> None:
+        """A file with many views is read once, unless its size or date changes in between."""
+        size_and_date = file.stat().st_size, file.stat().st_mtime_ns
+        if self.seen.get(file) != size_and_date and sha256_of(file) != sha256:
+            raise DataError("has changed since it was scanned", str(file), "Start again.")
+        self.seen[file] = size_and_date
 
 
 class MaskCache:
@@ -166,11 +173,12 @@ class MaskCache:
         """Make what is missing; returns how many were made."""
         views = [(example, view) for example in examples if example.is_masked for view in example.views]
         missing = [pair for pair in views if self.cache.read(self.path(*pair)) is None]
+        files = _Unchanged()
         for done, (example, view) in enumerate(missing):
             progress(done, len(missing))
             mask = torch.from_numpy(read_mask(example, view, self.factor)).contiguous()
             if example.item.mask:
-                _check_unchanged(example.item.mask.path, example.item.mask.sha256)
+                files.check(example.item.mask.path, example.item.mask.sha256)
             self.cache.write(self.path(example, view), {"mask": mask})
         return len(missing)
 

@@ -21,7 +21,7 @@ from ..trainer.errors import Problem, UserError
 from .captions import TRIGGER_PLACE, has_word, with_trigger
 from .dataset import LEAST_SIDE, unfit
 from .folder import Item, look
-from .images import LAID_ON_WHITE
+from .images import LAID_ON_WHITE, NOTHING_SHOWN
 from .photometry import NORMAL_SIDE, Measures, measure
 from .sidecars import Lines
 from .tokens import CHUNK, is_common_word, weigh
@@ -168,6 +168,8 @@ def converted(case: Case) -> Iterator[Finding]:
             elif note == LAID_ON_WHITE:
                 check = "transparent"
                 fix = 'Lay it on another ground yourself if white is wrong, or set data.mask = "alpha" to leave it out.'
+            elif note == NOTHING_SHOWN:
+                check, fix = "transparent", "Remove it: a plain white picture is all that would be learned of it."
             else:
                 check, fix = "converted", "Nothing to do, if it looks right."
             yield Finding(check, "note", case.name(item), note, fix)

@@ -130,7 +130,7 @@ def load_examples(
     problems: list[Problem] = []
     for source in sources:
         try:
-            found = look(source.path, source.lines, source.mask, progress)
+            found = look(source.path, source.lines, source.mask, progress, source.unmasked_weight)
         except DataError as error:
             problems += error.problems
             continue

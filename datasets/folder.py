@@ -16,7 +16,7 @@ from pathlib import Path
 from ..trainer.errors import DataError, Problem
 from ..trainer.files import sha256_of
 from .captions import tidy
-from .images import IMAGE_SUFFIXES, LAID_ON_WHITE, UNREAD_IMAGES, UnreadableImageError, read_rgb
+from .images import IMAGE_SUFFIXES, LAID_ON_WHITE, NOTHING_SHOWN, UNREAD_IMAGES, UnreadableImageError, read_rgb
 from .masks import (
     Mask,
     MaskFrom,
@@ -83,8 +83,17 @@ def scan(folder: Path, lines: Lines = "join", mask: MaskFrom = "files", progress
     return found.items
 
 
-def look(folder: Path, lines: Lines = "join", mask: MaskFrom = "files", progress: Progress | None = None) -> Found:
+def look(
+    folder: Path,
+    lines: Lines = "join",
+    mask: MaskFrom = "files",
+    progress: Progress | None = None,
+    unmasked_weight: float = 0.0,
+) -> Found:
     """All images under a folder that can be used, sorted by path, and all problems.
+
+    Args:
+        unmasked_weight: of the loss where a mask is black; above 0 a mask may be black everywhere.
 
     Raises:
         DataError: if there is no such folder.
@@ -112,8 +121,10 @@ def look(folder: Path, lines: Lines = "join", mask: MaskFrom = "files", progress
             problems.append(pixels)
             continue
         item = known.item(pixels)
-        if item.mask and (wrong := check_mask(item.mask, item.width, item.height)):
+        if item.mask and (wrong := check_mask(item.mask, item.width, item.height, unmasked_weight)):
             problems.append(wrong)
+        if mask == "alpha" and NOTHING_SHOWN in item.notes:
+            problems.append(Problem(str(item.path), f"is {NOTHING_SHOWN}, so it would teach nothing", "Remove it."))
         items.append(item)
     return Found(items, problems)
 
@@ -166,7 +177,7 @@ def _ignored(folder: Path, files: list[Path], images: list[Path]) -> Iterator[Pr
             yield Problem(
                 str(file), "is a kind of image that is not read", "Save it as PNG or JPEG, or move it elsewhere."
             )
-    kohya_folders = {kohya for image in images if (kohya := _kohya_folder(folder, image))}
+    kohya_folders = {kohya for image in images if (kohya := kohya_folder(folder, image))}
     for kohya in sorted(kohya for kohya in kohya_folders if _repeats_of(kohya) == 0):
         yield Problem(
             str(kohya),
@@ -207,7 +218,7 @@ class _Known:
     masks: dict[Path, Mask]
 
     def item(self, pixels: Pixels) -> Item:
-        kohya = _kohya_folder(self.folder, pixels.path)
+        kohya = kohya_folder(self.folder, pixels.path)
         class_name = tidy(kohya.name.partition("_")[2].replace("_", " ")) if kohya else ""
         caption = self.captions.get(pixels.path) or Caption((class_name,), "folder name" if class_name else "none")
         return Item(
@@ -225,7 +236,7 @@ class _Known:
         )
 
 
-def _kohya_folder(folder: Path, image: Path) -> Path | None:
+def kohya_folder(folder: Path, image: Path) -> Path | None:
     """The nearest `10_name` folder above an image.
 
     A number over 500 is no repeats but a date or a year, as in `2024_summer`, which nobody meant to show 2024 times.
@@ -238,5 +249,5 @@ def _kohya_folder(folder: Path, image: Path) -> Path | None:
     return None
 
 
-def _repeats_of(kohya_folder: Path) -> int:
-    return int(kohya_folder.name.partition("_")[0])
+def _repeats_of(folder: Path) -> int:
+    return int(folder.name.partition("_")[0])

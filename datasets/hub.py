@@ -19,7 +19,7 @@ from ..trainer.files import sha256_of, write_text
 from .tables import Columns, Row, UnusableCell, choose_columns, library, write_rows
 from .workers import Progress
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_TIMEOUT = 10  # seconds
 _LOGIN = "Check the name; for a private or gated dataset run: hf auth login"
 
@@ -71,28 +71,42 @@ class HubDataset:
             RevisionNotFoundError,
         )
 
-        revision = self.asked.get("revision", "main")
-        if _COMMIT.fullmatch(revision):
-            return revision
-        known = self.cache / "commits" / hashlib.sha256(f"{self.place}@{revision}".encode()).hexdigest()[:32]
+        if COMMIT.fullmatch(self.revision):
+            return self.revision
         try:
-            commit = HfApi().dataset_info(self.place, revision=revision, timeout=_HUB_TIMEOUT).sha
+            commit = HfApi().dataset_info(self.place, revision=self.revision, timeout=_HUB_TIMEOUT).sha
         except HFValidationError as error:
             raise self._error("is neither a folder here nor a name on the Hub", "Write hf:owner/name.") from error
         except RepositoryNotFoundError as error:
             raise self._error("is not on the Hub, or not open to everyone", _LOGIN) from error
         except RevisionNotFoundError as error:
-            raise self._error(f"has no revision {revision!r}", "Give a branch, a tag or a commit.") from error
+            raise self._error(f"has no revision {self.revision!r}", "Give a branch, a tag or a commit.") from error
         except HfHubHTTPError as error:
             raise self._error(f"is refused by the Hub: {first_line(error)}", _LOGIN) from error
         except (OSError, HTTPError) as error:
-            if known.is_file():
-                return known.read_text(encoding="utf-8")
+            if self.commit_before:
+                return self.commit_before
             what = "is no folder here, was never unpacked here, and the Hugging Face Hub cannot be reached"
             raise self._error(what, "Check the name and the connection, or give a folder.") from error
         assert commit
-        write_text(known, commit)
+        write_text(self._known, commit)
         return commit
+
+    @property
+    def commit_before(self) -> str:
+        """What they stood for the last time, as it was noted; empty if they were never looked up here."""
+        if COMMIT.fullmatch(self.revision):
+            return self.revision
+        return self._known.read_text(encoding="utf-8") if self._known.is_file() else ""
+
+    @property
+    def revision(self) -> str:
+        return self.asked.get("revision", "main")
+
+    @property
+    def _known(self) -> Path:
+        name = hashlib.sha256(f"{self.place}@{self.revision}".encode()).hexdigest()[:32]
+        return self.cache / "commits" / name
 
     def write(self, folder: Path, progress: Progress) -> None:
         """Write its images and captions into an empty folder.

@@ -25,6 +25,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 """Of broken EXIF data, which nobody here reads, and of large images: those over twice that size are errors. Once for
 all, because images are decoded in threads, in which filters cannot be changed for a while only."""
 LAID_ON_WHITE = "transparency laid on white"
+NOTHING_SHOWN = "transparent everywhere"
 
 
 class UnreadableImageError(ValueError):
@@ -48,8 +49,11 @@ def read_rgb(path: Path) -> tuple[Image.Image, tuple[str, ...]]:
         image, note = _to_srgb(image, profile)
         notes += [note] if note else []
     if image.has_transparency_data:
-        if min(image.convert("RGBA").getchannel("A").tobytes()) < 255:
+        least, most = image.convert("RGBA").getchannel("A").getextrema()
+        if least < 255:  # pyright: ignore[reportOperatorIssue]
             notes.append(LAID_ON_WHITE)
+        if most == 0:
+            notes.append(NOTHING_SHOWN)
         image = on_white(image)
     elif mode != "RGB":
         notes.append(f"converted from {mode} to RGB")

@@ -86,10 +86,11 @@ def read_mask_facts(file: Path) -> Mask | Problem:
     return Mask(file, sha256, picture.width, picture.height, int(picture.getextrema()[1]))  # pyright: ignore
 
 
-def check_mask(mask: Mask, width: int, height: int) -> Problem | None:
+def check_mask(mask: Mask, width: int, height: int, unmasked_weight: float = 0.0) -> Problem | None:
     """What is wrong with a mask for an image of this upright size."""
-    if mask.brightest == 0:
-        return Problem(str(mask.path), "is black everywhere, so its image would teach nothing", "Remove the image.")
+    if mask.brightest == 0 and unmasked_weight == 0:
+        what = "is black everywhere, so its image would teach nothing"
+        return Problem(str(mask.path), what, "Remove the image, or set data.unmasked_weight.")
     if abs(mask.width * height - mask.height * width) > _SAME_SHAPE * mask.width * height:
         what = f"is {mask.width} x {mask.height}, another shape than its image, which is {width} x {height}"
         return Problem(str(mask.path), what, "Make it anew for the image as it is seen upright.")

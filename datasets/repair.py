@@ -17,7 +17,7 @@ from PIL import Image
 from ..trainer.errors import DataError, UserError
 from ..trainer.files import atomic_folder
 from .checks import Examination, alike, same_files
-from .folder import Item, look
+from .folder import Item, kohya_folder, look
 from .images import read_grey, read_rgb
 from .machine import append, entry_of, read_record
 from .photometry import Borders
@@ -96,7 +96,8 @@ def plan_repairs(examination: Examination) -> Repairs:
         for other in others:
             del kept[other.path]
             left_out[_below(folder, other.path)] = f"{reason} {_below(folder, first.path)}"
-    targets = _targets([PurePosixPath(_below(folder, path)) for path in kept])
+    repeated = [folder.name] if kohya_folder(folder, folder / "image") else []  # else its repeats would be lost
+    targets = _targets([PurePosixPath(*repeated, _below(folder, path)) for path in kept])
     mends = [
         _mend(item, _below(folder, item.path), target, examination.measures[item.path].borders)
         for item, target in zip(kept.values(), targets, strict=True)

@@ -26,12 +26,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote, urlencode
 
 from ..trainer.errors import DataError, Problem
 from ..trainer.files import atomic_folder, locked, write_text
 from .archives import Archive
-from .hub import HubDataset
+from .hub import COMMIT, HubDataset
 from .tables import Parquet, parquet_files, shards_of
 from .workers import Progress
 
@@ -66,9 +66,13 @@ def as_folder(path: str, cache: Path, progress: Progress | None = None) -> Path:
 
 
 def display_name(path: str) -> str:
-    """What a person calls it: `photos.zip` for `/home/me/photos.zip`, and `hf:owner/name?split=train` as it is."""
+    """What a person calls it: `photos.zip` for `/home/me/photos.zip`, and `hf:owner/name?split=train` as it is, only
+    without a commit."""
     address = Address.of(path)
     if address.is_hub and not address.local.is_dir():
+        asked = dict(address.asked)
+        if COMMIT.fullmatch(asked.get("revision", "")):
+            return _hub_path(address.place, {key: asked[key] for key in asked if key != "revision"})
         return path
     return (HUB if address.is_hub else "") + address.local.absolute().name
 
@@ -78,6 +82,31 @@ def anchored(path: str, start: Path) -> str:
     prefix, place = (HUB, path.removeprefix(HUB)) if path.startswith(HUB) else ("", path)
     there = str((start.absolute() / Path(place).expanduser()).resolve())
     return path if prefix and not Address.of(prefix + there).local.is_dir() else prefix + there
+
+
+def local_folder(path: str) -> Path | None:
+    """The folder here that images or tables are read from; None for files, names on the Hub, and what cannot be read,
+    which `as_folder` tells of."""
+    with suppress(DataError, OSError):
+        folder = Address.of(path).local
+        return folder.resolve() if folder.is_dir() else None
+    return None
+
+
+def pinned(path: str, cache: Path) -> str:
+    """A name on the Hub with the commit that `as_folder` has just read, `hf:owner/name?revision=...`, so that it means
+    the same data for ever; anything else as it is."""
+    address = Address.of(path)
+    if not address.is_hub or address.local.is_dir():
+        return path
+    commit = HubDataset(address.place, path, address.asked, cache.absolute() / "unpacked").commit_before
+    if not commit:
+        return path
+    return _hub_path(address.place, {**address.asked, "revision": commit})
+
+
+def _hub_path(place: str, asked: Mapping[str, str]) -> str:
+    return f"{HUB}{place}?{urlencode(asked, quote_via=quote)}" if asked else HUB + place
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,6 +151,11 @@ class Address:
     @property
     def local(self) -> Path:
         return Path(self.place).expanduser()
+
+    def with_place(self, place: str) -> str:
+        """As it is written, with another place and the same prefix and questions."""
+        prefix = HUB if self.is_hub else ""
+        return prefix + place + self.written.removeprefix(prefix + self.place)
 
     def allow(self, *keys: str) -> None:
         """Refuse what would have no effect.

@@ -14,14 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
+from lorasmith.datasets import cache as caches
 from lorasmith.datasets.buckets import BucketRules
 from lorasmith.datasets.cache import LatentCache, TextCache, _pixels_of, encode
 from lorasmith.datasets.captions import CaptionRules
 from lorasmith.datasets.dataset import Example, Showing, Source, load_examples, read_pixels
-from lorasmith.datasets.views import Colours, View
+from lorasmith.datasets.views import Augmentation, Colours, View
 from lorasmith.trainer.bases import inspect_base
 from lorasmith.trainer.configfile import validate
 from lorasmith.trainer.errors import DataError, UserError
+from lorasmith.trainer.files import sha256_of
 from lorasmith.trainer.models import Base, load_base
 from lorasmith.trainer.plan import Plan, make_plan
 
@@ -122,6 +124,25 @@ def test_an_edited_image_is_encoded_again(base: Base, cache: LatentCache, photos
     assert cache.fill(base, edited, quiet) == 1
     mean, _ = cache.read(shown(edited))
     torch.testing.assert_close(mean[1], fresh_mean(base, edited[1]))
+
+
+def test_a_file_with_many_views_is_checked_once_and_again_if_it_is_written_to(
+    base: Base, cache: LatentCache, photos: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = Source(photos, (64,), augmentation=Augmentation(flip=True, crop="random", count=2))
+    examples = load_examples([source], BucketRules(16))
+    read: list[str] = []
+    monkeypatch.setattr(caches, "sha256_of", lambda file: read.append(file.name) or sha256_of(file))
+    assert cache.fill(base, examples, quiet) == 12
+    assert sorted(read) == ["a.png", "b.png", "c.png"]
+
+    def edit(done: int, total: int) -> None:
+        if done == total - 1:
+            noise(photos / "c.png", 99)
+
+    shutil.rmtree(cache.cache.folder)
+    with pytest.raises(DataError, match=r"c\.png: has changed since it was scanned"):
+        cache.fill(base, examples, edit)
 
 
 def test_a_renamed_moved_or_copied_image_is_not_encoded_again(base: Base, cache: LatentCache, photos: Path):

@@ -658,6 +658,21 @@ def test_captions_keep_their_meaning(empty: Set, tmp_path: Path):
     assert (out / "c.txt").read_text(encoding="utf-8") == "of c\n"
 
 
+def test_a_folder_that_asks_for_repeats_itself_keeps_them(empty: Set, tmp_path: Path):
+    folder = tmp_path / "10_cats"
+    empty.folder.rename(folder)
+    images = Set(folder)
+    images.add("a.png", photo(0))
+    images.add("3_dogs/b.png", photo(1), "a dog")
+    images.add("mask/a.png", Image.new("L", (640, 512), 200))
+    out = copy_of(images, tmp_path / "out")
+    found = {
+        item.path.relative_to(out).as_posix(): (item.repeats, item.caption, item.mask is not None)
+        for item in look(out).items
+    }
+    assert found == {"10_cats/a.png": (10, "cats", True), "10_cats/3_dogs/b.png": (3, "a dog", False)}
+
+
 def test_variants_stay_lines_where_lines_are_variants(empty: Set, tmp_path: Path):
     empty.add("a.png", photo(0), "one\n\ntwo\n")
     out = copy_of(empty, tmp_path / "out", lines="variants")

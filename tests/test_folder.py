@@ -18,7 +18,7 @@ from lorasmith.datasets.folder import Item, scan
 from lorasmith.datasets.images import UnreadableImageError, read_rgb
 from lorasmith.trainer.configfile import validate
 from lorasmith.trainer.errors import DataError, Problem, UserError
-from lorasmith.trainer.plan import make_plan
+from lorasmith.trainer.plan import check_folders, make_plan
 
 
 def picture(
@@ -730,6 +730,15 @@ def test_a_run_folder_inside_the_dataset_folder_is_refused(tmp_path: Path):
     values = {"name": "x", "runs": str(tmp_path / "runs"), "data": [{"path": str(tmp_path)}]}
     with pytest.raises(UserError, match="runs"):
         make_plan(validate(values))
+
+
+@pytest.mark.parametrize("path", ["hf:{}", "{}?split=train", "hf:{}?split=train"])
+def test_a_run_folder_inside_a_folder_of_data_sets_or_tables_is_refused_as_well(tmp_path: Path, path: str):
+    (tmp_path / "set").mkdir()
+    values = {"name": "x", "runs": str(tmp_path / "set" / "runs"), "data": [{"path": path.format(tmp_path / "set")}]}
+    with pytest.raises(UserError, match="lies inside the dataset folder"):
+        check_folders(validate(values))
+    check_folders(validate({**values, "runs": str(tmp_path / "runs")}))
 
 
 def test_a_resolution_that_no_bucket_can_have_is_refused_at_plan(tmp_path: Path):

@@ -122,6 +122,27 @@ def test_what_is_masked_out_keeps_its_own_weight(tmp_path: Path):
     assert np.unique(read_mask(example, example.views[0], 4).round(3)).tolist() == [0.25, 1.0]
 
 
+def test_a_black_mask_is_accepted_where_what_it_covers_has_a_weight(tmp_path: Path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "mask" / "a.png", colour=0, mode="L")
+    with pytest.raises(DataError, match="is black everywhere"):
+        only(tmp_path)
+    example = only(tmp_path, unmasked_weight=0.25)
+    assert np.unique(read_mask(example, example.views[0], 4)).tolist() == [0.25]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_an_image_of_which_nothing_is_opaque_is_refused_where_opacity_is_the_mask(tmp_path: Path, weight: float):
+    picture(tmp_path / "gone.png", colour=(200, 0, 0, 0), mode="RGBA")
+    picture(tmp_path / "faint.png", colour=(200, 0, 0, 9), mode="RGBA")
+    with pytest.raises(DataError) as caught:
+        load_examples([Source(tmp_path, (64,), mask="alpha", unmasked_weight=weight)], BucketRules(16))
+    [problem] = caught.value.problems
+    assert problem.where == str(tmp_path / "gone.png")
+    assert problem.what == "is transparent everywhere, so it would teach nothing"
+    assert len(load_examples([Source(tmp_path, (64,))], BucketRules(16))) == 2
+
+
 @pytest.mark.parametrize("rules", [{"mask": "alpha"}, {"unmasked_weight": 0.5}], ids=lambda rules: next(iter(rules)))
 def test_a_mask_setting_without_effect_is_an_error(tmp_path: Path, rules: dict):
     picture(tmp_path / "a.png")

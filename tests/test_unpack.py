@@ -25,7 +25,7 @@ from PIL import Image
 
 from lorasmith.datasets import archives, tables
 from lorasmith.datasets.folder import scan
-from lorasmith.datasets.unpack import anchored, as_folder, display_name
+from lorasmith.datasets.unpack import anchored, as_folder, display_name, pinned
 from lorasmith.trainer.errors import DataError, Problem
 
 from .hub import COMMIT, hub_of
@@ -151,6 +151,8 @@ def test_what_a_person_calls_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert display_name("/somewhere/cats.parquet?image=img") == "cats.parquet"
     assert display_name(".") == "photos"
     assert display_name("hf:owner/name?split=train") == "hf:owner/name?split=train"
+    assert display_name(f"hf:owner/name?split=a%20b&revision={COMMIT}") == "hf:owner/name?split=a%20b"
+    assert display_name(f"hf:owner/name?revision={COMMIT}") == "hf:owner/name"
     assert display_name(f"hf:{tmp_path / 'photos'}?split=train") == "hf:photos"
 
 
@@ -938,6 +940,23 @@ def test_a_dataset_of_the_hub(tmp_path: Path, cache: Path):
     assert "the Hugging Face Hub cannot be reached" in unknown[0]
     unreachable = ask(cache, "hf:owner/other", HF_ENDPOINT="http://127.0.0.1:9")
     assert "the Hugging Face Hub cannot be reached" in unreachable[0][0]
+
+
+def test_a_name_on_the_hub_is_pinned_to_the_commit_that_was_read(tmp_path: Path, cache: Path):
+    hugging_face({"train": 1}, tmp_path / "set")
+    names = ["hf:owner/name", "hf:owner/name?split=train", "hf:owner/name?revision=main"]
+    with hub_of(tmp_path / "set") as address:
+        first, *_ = ask(cache, *names, HF_ENDPOINT=address)
+    found = [pinned(name, cache) for name in names]
+    assert found == [
+        f"hf:owner/name?revision={COMMIT}",
+        f"hf:owner/name?split=train&revision={COMMIT}",
+        f"hf:owner/name?revision={COMMIT}",
+    ]
+    assert [pinned(name, cache) for name in found] == found
+    assert ask(cache, found[0], HF_HUB_OFFLINE="1") == [first]
+    untouched = ["hf:owner/other", f"hf:{tmp_path / 'set'}", str(tmp_path / "t.parquet?image=a")]
+    assert [pinned(name, cache) for name in untouched] == untouched
 
 
 def test_a_folder_of_images_on_the_hub(tmp_path: Path, cache: Path):
