@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lorasmith.trainer.bases import POCKET, inspect_base
+from lorasmith.trainer.bases import POCKET, anchored_base, inspect_base
 from lorasmith.trainer.errors import BaseModelError
 
 CONFIGS = ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
@@ -88,6 +88,8 @@ def test_a_folder_is_the_same_base_as_the_embedded_one(tmp_path: Path):
         ("unet", "block_out_channels", 8),
         ("vae", "block_out_channels", None),
         ("vae", "block_out_channels", []),
+        ("vae", "scaling_factor", "0.2"),
+        ("vae", "scaling_factor", 0),
     ],
 )
 def test_a_key_that_is_missing_or_odd_is_named(tmp_path: Path, file: str, key: str, value: Any):
@@ -106,6 +108,17 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path: Path, file: str, conte
 def test_a_folder_that_lacks_a_file_is_refused(tmp_path: Path, file: str):
     (copy_of_pocket(tmp_path) / file).unlink()
     assert Path(file).name in what_is_wrong(tmp_path)
+
+
+def test_paths_become_absolute_and_other_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "pocket").mkdir()
+    for name in ("folder", "model.safetensors"):
+        assert anchored_base(name) == str(tmp_path / name)
+    for name in ("", "pocket", "owner/name", "random:sdxl"):
+        assert anchored_base(name) == name
 
 
 @pytest.mark.parametrize("model", ["a--b/c", "a/b..c", "-a/b", "a/b."])

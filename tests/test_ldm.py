@@ -23,20 +23,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-from lorasmith.trainer.adapter import put_on
 from lorasmith.trainer.architectures import ARCHITECTURES
 from lorasmith.trainer.bases import POCKET, FamilyName, inspect_base
 from lorasmith.trainer.config import AdapterSection
 from lorasmith.trainer.errors import BaseModelError, ExportError, UserError
+from lorasmith.trainer.fitting import put_on
 from lorasmith.trainer.ldm import from_ldm, to_ldm, with_text_model
 from lorasmith.trainer.models import FAMILIES, Base, load_base
-from lorasmith.trainer.wholemodel import (
-    COMPONENTS,
-    read_checkpoint_file,
-    save_checkpoint_file,
-    save_model_folder,
-    unpack,
-)
+from lorasmith.trainer.singlefile import COMPONENTS, read_single_file
+from lorasmith.trainer.wholemodel import save_checkpoint_file, save_model_folder, unpack
 
 from .tiny import MAKERS
 
@@ -319,7 +314,7 @@ def test_the_header_says_what_the_model_is(pocket_file: Path):
         "modelspec.prediction_type": "epsilon",
     }
     assert str(POCKET) not in header[COMPONENTS]
-    configs = read_checkpoint_file(pocket_file).configs
+    configs = read_single_file(pocket_file, "base.model").configs
     assert configs["tokenizer"] == {"model_max_length": 24, "pad_token": "<|endoftext|>"}
     assert configs["text_encoder"]["dtype"] == "float32"  # so that a plain `from_pretrained` fits its parts together
 
@@ -421,11 +416,16 @@ def test_another_vocabulary_does_not_fit_in_a_file(pocket: Base, tmp_path: Path)
         save_checkpoint_file(pocket, tmp_path / "model.safetensors")
 
 
-def test_a_file_without_configurations_says_how_to_convert_it(pocket_file: Path, tmp_path: Path):
-    rewrite(pocket_file, {"format": "pt"})
-    with pytest.raises(BaseModelError, match=r"no lorasmith\.components.*\n?.*from_single_file"):
-        unpack(pocket_file, tmp_path / "folder")
-    assert not (tmp_path / "folder").exists()
+def test_a_file_is_a_base_as_its_folder_is(base: Base, tmp_path: Path):
+    save_checkpoint_file(base, tmp_path / "model.safetensors", "fp32")
+    info = inspect_base(str(tmp_path / "model.safetensors"))
+    was = base.info
+    assert (info.family, info.prediction, info.resolution) == (was.family, was.prediction, was.resolution)
+    assert (info.vae_factor, info.bucket_step, info.assumptions) == (was.vae_factor, was.bucket_step, ())
+    read = load_base(info)
+    for component, own in weights_of(base).items():
+        assert_same(weights_of(read)[component], own)
+    assert all(map(torch.equal, read.tokenize(["a red apple"]).ids, base.tokenize(["a red apple"]).ids))
 
 
 @pytest.mark.parametrize(
@@ -437,8 +437,8 @@ def test_a_file_without_configurations_says_how_to_convert_it(pocket_file: Path,
 )
 def test_damaged_configurations_give_one_error(pocket_file: Path, text: str):
     rewrite(pocket_file, {COMPONENTS: text})
-    with pytest.raises(BaseModelError, match=r"lorasmith\.components in its metadata is damaged"):
-        read_checkpoint_file(pocket_file)
+    with pytest.raises(BaseModelError, match=r"is damaged: lorasmith\.components in its metadata"):
+        read_single_file(pocket_file, "base.model")
 
 
 @pytest.mark.parametrize(
@@ -452,7 +452,7 @@ def test_damaged_configurations_give_one_error(pocket_file: Path, text: str):
 def test_configurations_of_no_model_give_one_error(
     pocket_file: Path, tmp_path: Path, component: str, config: Any, message: str
 ):
-    configs = read_checkpoint_file(pocket_file).configs | {component: config}
+    configs = read_single_file(pocket_file, "base.model").configs | {component: config}
     rewrite(pocket_file, {COMPONENTS: json.dumps({"family": "sd1", **configs})})
     with pytest.raises(BaseModelError, match=message):
         unpack(pocket_file, tmp_path / "folder")

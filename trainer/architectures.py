@@ -1,12 +1,18 @@
-"""The published shapes of SD 1.5, SD 2.1 and SDXL, for `random:` bases: the real architecture with random weights.
+"""The families, and the published shapes of SD 1.5, SD 2.1 and SDXL.
 
-They serve to measure speed and memory, and to test, with no download. Values are those of the models' own config files
-(runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-2-1, stabilityai/stable-diffusion-xl-base-1.0).
+`random:` bases are these with random weights, to measure speed and memory, and to test, with no download. Values are
+those of the models' own config files (runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-2-1,
+stabilityai/stable-diffusion-xl-base-1.0).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
+
+FamilyName = Literal["sd1", "sd2", "sdxl"]
+FAMILY_TITLES: dict[FamilyName, str] = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "SDXL"}
+Configs = dict[str, dict[str, Any]]
+"""Configurations by component; those of tokenizers are `model_max_length` and `pad_token`."""
 
 _CROSS_ATTENTION_UNET: dict[str, Any] = {
     "in_channels": 4,
@@ -27,7 +33,7 @@ _VAE: dict[str, Any] = {
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
 
-_SCHEDULER: dict[str, Any] = {
+SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -53,7 +59,7 @@ ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
         "unet": _CROSS_ATTENTION_UNET | {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
         "vae": _VAE | {"sample_size": 512, "scaling_factor": 0.18215},
         "text_encoder": _CLIP_L,
-        "scheduler": _SCHEDULER | {"prediction_type": "epsilon"},
+        "scheduler": SCHEDULER | {"prediction_type": "epsilon"},
     },
     "sd21": {
         "unet": _CROSS_ATTENTION_UNET
@@ -73,7 +79,7 @@ ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
             "projection_dim": 512,
             "hidden_act": "gelu",
         },
-        "scheduler": _SCHEDULER | {"prediction_type": "v_prediction"},
+        "scheduler": SCHEDULER | {"prediction_type": "v_prediction"},
     },
     "sdxl": {
         "unet": {
@@ -103,6 +109,6 @@ ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
             "projection_dim": 1280,
             "hidden_act": "gelu",
         },
-        "scheduler": _SCHEDULER | {"prediction_type": "epsilon"},
+        "scheduler": SCHEDULER | {"prediction_type": "epsilon"},
     },
 }

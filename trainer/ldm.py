@@ -18,17 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bases import FamilyName
+from .architectures import FamilyName
 from .errors import BaseModelError, ExportError
+from .singlefile import TEXT_ENCODERS, UNET, VAE
 
-_SD = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 _PREFIXES: dict[FamilyName, dict[str, str]] = {
-    "sd1": _SD | {"text_encoder": "cond_stage_model.transformer."},
-    "sd2": _SD | {"text_encoder": "cond_stage_model.model."},
-    "sdxl": _SD
-    | {"text_encoder": "conditioner.embedders.0.transformer.", "text_encoder_2": "conditioner.embedders.1.model."},
+    family: {"unet": UNET, "vae": VAE, **encoders} for family, encoders in TEXT_ENCODERS.items()
 }
-_OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.1.model.")
+_OPEN_CLIP = tuple(prefix for own in TEXT_ENCODERS.values() for prefix in own.values() if prefix.endswith(".model."))
 
 DROPPED: dict[str, str] = {
     r"(?:.+\.)?position_ids": "a buffer that counts 0, 1, 2, ...",
@@ -141,26 +138,51 @@ def from_ldm(
         BaseModelError: for a key that is no part of the model, a component that is not there, or a configuration that
             is not one of Stable Diffusion.
     """
-    places = {
-        name: (component, key)
+    tables = {
+        component: _table(component, prefix, weights, unet_config, vae_config)
         for component, prefix in _PREFIXES[family].items()
-        for key, name in _table(component, prefix, weights, unet_config, vae_config).items()
     }
-    components: dict[str, dict[str, Tensor]] = {component: {} for component in _PREFIXES[family]}
+    components = _placed(weights, tables, f"a {family} model")
+    for component, own in components.items():
+        if not own:
+            raise BaseModelError("is missing", component, "The file must hold UNet, VAE and text encoders.")
+    return components
+
+
+def vae_from_file(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A VAE's weights by diffusers' names, from a file of the VAE alone or of a whole model, in either's names.
+
+    Raises:
+        BaseModelError: for a key that is no part of the VAE.
+    """
+    own = {name.removeprefix(VAE): tensor for name, tensor in weights.items() if name.startswith(VAE)} or weights
+    if any(name.startswith("encoder.down_blocks.") for name in own):
+        return {_OLD_VAE_ATTENTION.sub(lambda found: _RENAMED[found[0]], name): own[name] for name in own}
+    own = {VAE + name: tensor for name, tensor in own.items() if not _DROPPED.fullmatch(name)}
+    return _placed(own, {"vae": _table("vae", VAE, (), {}, config)}, "a VAE")["vae"]
+
+
+_RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in diffusers until 0.12
+_OLD_VAE_ATTENTION = re.compile(r"(?<=\.attentions\.0\.)(?:query|key|value|proj_attn)(?=\.)")
+
+
+def _placed(
+    weights: Mapping[str, Tensor], tables: Mapping[str, Mapping[str, str]], whole: str
+) -> dict[str, dict[str, Tensor]]:
+    """Weights by component and diffusers' names, by tables from those to LDM's; `whole` is what they should make."""
+    places = {name: (component, key) for component, table in tables.items() for key, name in table.items()}
+    components: dict[str, dict[str, Tensor]] = {component: {} for component in tables}
     for name, tensor in weights.items():
         if _DROPPED.fullmatch(name):
             continue
         place = _BARE_CLIP.sub(r"\1text_model.", name)  # old files have no `text_model.`
         if place not in places:
-            raise BaseModelError(f"is no part of a {family} model of this shape", name, _OTHER_FILE)
+            raise BaseModelError(f"is no part of {whole} of this shape", name, _OTHER_FILE)
         component, key = places[place]
         try:
             components[component] |= _split(key, _reshape(place, tensor, to_ldm=False))
         except (IndexError, RuntimeError, ValueError):
             raise BaseModelError(f"has the odd shape {tuple(tensor.shape)}", name, _OTHER_FILE) from None
-    for component, own in components.items():
-        if not own:
-            raise BaseModelError("is missing", component, "The file must hold UNet, VAE and text encoders.")
     return components
 
 
@@ -190,6 +212,11 @@ def _table(
         layers = _numbers("(?:layers|resblocks)", keys)
         table = _open_clip_keys(layers) if prefix in _OPEN_CLIP else _clip_keys(layers)
     return {old: prefix + new for old, new in table.items()}
+
+
+def unet_names(config: Mapping[str, Any], layers: Iterable[str]) -> dict[str, str]:
+    """diffusers' names of a UNet's layers, dotted, to those of the original code."""
+    return _unet_modules(config, _numbers("transformer_blocks", layers))
 
 
 def _unet_modules(config: Mapping[str, Any], depths: set[str]) -> dict[str, str]:

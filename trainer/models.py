@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -17,6 +21,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -25,6 +30,9 @@ from ..datasets.chunks import COMMA, chunks_of, framed
 from .architectures import ARCHITECTURES
 from .bases import POCKET, BaseInfo, FamilyName
 from .errors import BaseModelError, first_line
+from .ldm import from_ldm, vae_from_file
+from .loraread import merge, read_lora
+from .singlefile import read_single_file, read_vae_file
 
 
 @dataclass
@@ -134,6 +142,18 @@ FAMILIES: dict[FamilyName, Family] = {"sd1": Family(), "sd2": Family(), "sdxl": 
 # a loaded base
 
 
+@dataclass(frozen=True)
+class NewTokens:
+    """A word that is not read as CLIP reads it, but as tokens of its own."""
+
+    word: str
+    ids: list[int]
+
+    def split(self, caption: str) -> list[str]:
+        """What stands between the word, wherever it stands as a whole word, in whichever case."""
+        return re.split(rf"(?i)(?<!\w){re.escape(self.word)}(?!\w)", caption)
+
+
 @dataclass
 class Base:
     """A base model in memory, frozen and in evaluation mode."""
@@ -143,10 +163,11 @@ class Base:
     text_encoders: dict[str, Any]
     """By component name: `text_encoder`, and for SDXL `text_encoder_2`."""
     vae: Any
-    """`AutoencoderKL`, always fp32: the SDXL VAE overflows in fp16."""
+    """`AutoencoderKL`, fp32 unless another precision was asked for: the SDXL VAE overflows in fp16."""
     unet: Any
     """`UNet2DConditionModel`."""
     scheduler: DDIMScheduler
+    new_tokens: NewTokens | None = None
 
     @property
     def family(self) -> Family:
@@ -177,13 +198,39 @@ class Base:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (batch, 4, h, w) to pictures (batch, 3, H, W) in about -1 to 1, fp32."""
-        return self.vae.decode(latents.float() / self.scaling_factor, return_dict=False)[0]
+        return self._through_vae(lambda given: self.vae.decode(given).sample, latents.float() / self.scaling_factor)
+
+    def posterior(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (batch, 3, H, W) in -1 to 1 to mean and standard deviation of their latents, each (batch, 4, h, w),
+        fp32, before the scaling factor."""
+        moments = self._through_vae(lambda given: self.vae.encode(given).latent_dist.parameters, pictures)
+        found = DiagonalGaussianDistribution(moments)
+        return found.mean, found.std
+
+    def _through_vae(self, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        """What the VAE makes of a batch, fp32; what is not finite in half precision is run again in fp32."""
+        made = run(batch.to(self.vae.dtype)).float()
+        failed = ~made.isfinite().flatten(1).all(1)
+        if self.vae.dtype != torch.float32 and failed.any():
+            with _in_fp32(self.vae):
+                made[failed] = run(batch[failed].float())
+        return made
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Captions to token ids, in as many chunks as they need."""
-        pieces = [[_chunks(tokenizer, caption) for caption in captions] for tokenizer in self.tokenizers]
+        pieces = [[self._chunks(tokenizer, caption) for caption in captions] for tokenizer in self.tokenizers]
         ids = [torch.tensor([chunk for chunks in caption_pieces for chunk in chunks]) for caption_pieces in pieces]
         return Tokens(ids, [len(chunks) for chunks in pieces[0]])
+
+    def _chunks(self, tokenizer: CLIPTokenizer, caption: str) -> list[list[int]]:
+        """The framed chunks of one caption."""
+        first, *others = self.new_tokens.split(caption) if self.new_tokens else [caption]
+        ids = _token_ids(tokenizer, first)
+        for piece in others:
+            ids += [*cast(NewTokens, self.new_tokens).ids, *_token_ids(tokenizer, piece)]
+        length, comma = tokenizer.model_max_length - 2, tokenizer.convert_tokens_to_ids(COMMA)
+        start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        return [framed(chunk, length, start, end, pad) for chunk in chunks_of(ids, length, comma)]  # pyright: ignore
 
     def encode(self, captions: Sequence[str]) -> Conditions:
         """Captions to conditions, on the base's device."""
@@ -201,7 +248,7 @@ class Base:
 
     @cached_property
     def vae_fingerprint(self) -> str:
-        """A hash of the VAE's weights: latents of another VAE are other latents."""
+        """A hash of the VAE's weights and precision: latents of another VAE are other latents."""
         return fingerprint(self.vae)
 
     @cached_property
@@ -212,12 +259,8 @@ class Base:
         return "-".join([*hashes, *(str(number) for frame in frames for number in frame)])
 
 
-def _chunks(tokenizer: CLIPTokenizer, caption: str) -> list[list[int]]:
-    """The framed chunks of one caption."""
-    ids = tokenizer(caption, add_special_tokens=False, verbose=False).input_ids
-    length, comma = tokenizer.model_max_length - 2, tokenizer.convert_tokens_to_ids(COMMA)
-    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    return [framed(chunk, length, start, end, pad) for chunk in chunks_of(ids, length, comma)]  # pyright: ignore
+def _token_ids(tokenizer: CLIPTokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids  # pyright: ignore[reportReturnType]
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -233,17 +276,36 @@ def fingerprint(module: nn.Module) -> str:
 # loading
 
 
-def load_base(info: BaseInfo, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Base:
-    """Load all components: UNet and text encoders in `dtype`, the VAE in fp32.
+def load_base(
+    info: BaseInfo,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    vae_dtype: torch.dtype = torch.float32,
+) -> Base:
+    """Load all components: UNet and text encoders in `dtype`, the VAE in `vae_dtype`.
+
+    With zero terminal SNR the schedule is rescaled so that its last time-step is pure noise, and pictures are drawn
+    from that step on (Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed").
+
+    LoRA files that belong to the base are merged into its weights.
 
     Raises:
         BaseModelError: if weights are missing or broken.
+        UserError: if such a LoRA file does not fit.
     """
     _quiet_libraries()
-    parts = _random_parts(info) if info.source.startswith("random:") else _saved_parts(info, dtype)
+    if info.source.startswith("random:"):
+        parts = _random_parts(info)
+    else:
+        parts = _file_parts(info, dtype) if Path(info.source).is_file() else _saved_parts(info, dtype)
+    if info.vae:
+        parts["vae"] = _other_vae(info)
     names = FAMILIES[info.family].text_encoder_classes
     # Whatever sampler the base came with: its noise schedule, and DDIM's own way of using it.
-    settings = {"prediction_type": info.prediction, "clip_sample": False, "thresholding": False}
+    settings: dict[str, Any] = {"prediction_type": info.prediction, "clip_sample": False, "thresholding": False}
+    settings["rescale_betas_zero_snr"] = info.zero_terminal_snr
+    if info.zero_terminal_snr:
+        settings["timestep_spacing"] = "trailing"
     scheduler = DDIMScheduler.from_config(parts["scheduler"], set_alpha_to_one=False, **settings)
     base = Base(
         info=info,
@@ -255,48 +317,120 @@ def load_base(info: BaseInfo, dtype: torch.dtype = torch.float32, device: str | 
     )
     for module in base.components.values():
         module.requires_grad_(False).eval().to(device=device, dtype=dtype)
-    base.vae.requires_grad_(False).eval().to(device=device, dtype=torch.float32)
+    base.vae.requires_grad_(False).eval().to(device=device, dtype=vae_dtype)
+    for file, strength in info.merges:
+        merge(base.components, read_lora(Path(file), base.components, info.family), strength)
     return base
 
 
 def _saved_parts(info: BaseInfo, dtype: torch.dtype) -> dict[str, Any]:
     """Components of a diffusers folder or a Hub model, by the names diffusers gives them."""
+    place = info.source, info.revision
     parts: dict[str, Any] = {
-        "unet": _load(info, "unet", UNet2DConditionModel, dtype),
-        "vae": _load(info, "vae", AutoencoderKL, torch.float32),
+        "unet": _load(*place, "unet", UNet2DConditionModel, dtype, f"base.model: {info.model}, unet"),
+        "vae": _load(*place, "vae", AutoencoderKL, torch.float32, f"base.model: {info.model}, vae"),
     }
     try:
         parts["scheduler"] = DDIMScheduler.load_config(info.source, subfolder="scheduler")
         for name, text_class in FAMILIES[info.family].text_encoder_classes.items():
             tokenizer = name.replace("text_encoder", "tokenizer")
             parts[tokenizer] = CLIPTokenizer.from_pretrained(info.source, subfolder=tokenizer)
-            parts[name] = _load(info, name, text_class, dtype)
+            parts[name] = _load(*place, name, text_class, dtype, f"base.model: {info.model}, {name}")
     except (OSError, ValueError) as error:
         raise BaseModelError(f"{info.model} cannot be loaded: {first_line(error)}", "base.model", _COMPLETE) from error
     return parts
 
 
-def _load(info: BaseInfo, component: str, model_class: Any, dtype: torch.dtype) -> Any:
+def _load(source: str, revision: str, subfolder: str, model_class: Any, dtype: torch.dtype, where: str) -> Any:
     """One component; a weight that is not in its files is an error, where the libraries would put random numbers."""
-    where, failures = f"base.model: {info.model}, {component}", []
+    failures = []
     for variant in (None, "fp16"):  # some models are on the Hub in half precision only
-        options = {"subfolder": component, "dtype": dtype, "use_safetensors": True, "variant": variant}
-        options["revision"] = info.revision or None
+        options = {"subfolder": subfolder or None, "dtype": dtype, "use_safetensors": True, "variant": variant}
+        options["revision"] = revision or None
         try:
-            model, report = model_class.from_pretrained(info.source, output_loading_info=True, **options)
+            model, report = model_class.from_pretrained(source, output_loading_info=True, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             failures.append(error)
             continue
         lacking = sorted(str(name) for name in [*report["missing_keys"], *report["mismatched_keys"]])
         if lacking:
-            what = f"{len(lacking)} weights are missing or of another shape, such as {lacking[0]}"
-            raise BaseModelError(what, where, _COMPLETE)
+            raise BaseModelError(_lacks(lacking), where, _COMPLETE)
         return model
     what = f"its weights cannot be loaded: {first_line(failures[0])}"
     raise BaseModelError(what, where, _COMPLETE) from failures[0]
 
 
+def _lacks(names: Sequence[str]) -> str:
+    return f"{len(names)} weights are missing or of another shape, such as {names[0]}"
+
+
 _COMPLETE = "A base needs model_index.json, and .safetensors weights of every component."
+
+
+def _file_parts(info: BaseInfo, dtype: torch.dtype) -> dict[str, Any]:
+    """Components of a single file. Its weights are mapped into memory and copied one by one, so that no more than the
+    model is held, and the file may change afterwards."""
+    file = read_single_file(Path(info.source), "base.model")
+    configs, text_classes = file.configs, FAMILIES[info.family].text_encoder_classes
+    weights = from_ldm(info.family, file.file.tensors(), configs["unet"], configs["vae"])
+    parts: dict[str, Any] = {"scheduler": configs["scheduler"]}
+    for name, kind in {"unet": UNet2DConditionModel, "vae": AutoencoderKL, **text_classes}.items():
+        kept, where = torch.float32 if name == "vae" else dtype, f"base.model: {info.model}, {name}"
+        parts[name] = _assembled(kind, configs[name], weights.pop(name), kept, where)
+    for name in text_classes:
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        parts[tokenizer] = clip_tokenizer(configs[tokenizer], f"base.model: {info.model}, {tokenizer}")
+    return parts
+
+
+def _other_vae(info: BaseInfo) -> Any:
+    """The VAE that stands in for the base's own, fp32."""
+    where, dtype = f"base.vae: {info.vae}", torch.float32
+    if Path(info.vae).is_file():
+        file, config = read_vae_file(Path(info.vae), "base.vae")
+        weights = vae_from_file(file.tensors(), config)
+        vae = _assembled(AutoencoderKL, config, weights, dtype, where)
+    else:
+        vae = _load(info.vae, info.vae_revision, info.vae_subfolder, AutoencoderKL, dtype, where)
+    vae.register_to_config(scaling_factor=info.scaling_factor)
+    return vae
+
+
+def _assembled(kind: Any, config: dict[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype, where: str) -> Any:
+    """A module with weights by diffusers' names, each in memory of its own.
+
+    Raises:
+        BaseModelError: if the configuration makes no module, or weights are missing, left over or of another shape.
+    """
+    try:
+        with init_empty_weights():  # buffers are made, because no file holds them
+            is_text = kind in (CLIPTextModel, CLIPTextModelWithProjection)
+            module = kind(CLIPTextConfig.from_dict(config)) if is_text else kind.from_config(config)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        what = f"its configuration makes no model: {first_line(error)}"
+        raise BaseModelError(what, where, "Copy or download the file again.") from error
+    needed = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    if isinstance(module, CLIPTextModel) and not any(name.startswith("text_model.") for name in needed):
+        weights = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
+    odd = [n for n in sorted({*needed, *weights}) if n not in weights or weights[n].shape != needed.get(n)]
+    if odd:
+        raise BaseModelError(_lacks(odd), where, "Copy or download the file again.")
+    module.load_state_dict({name: weights[name].to(dtype, copy=True) for name in needed}, assign=True)
+    return module
+
+
+def clip_tokenizer(settings: Mapping[str, Any], where: str) -> CLIPTokenizer:
+    """CLIP's own tokenizer. How it pads matters: OpenCLIP's text encoders were trained on `!` there.
+
+    Raises:
+        BaseModelError: if it cannot be made as `model_max_length` and `pad_token` say.
+    """
+    length, pad = settings.get("model_max_length"), settings.get("pad_token")
+    plain = CLIPTokenizer.from_pretrained(POCKET / "tokenizer")
+    if not isinstance(length, int) or length < 1 or not isinstance(pad, str) or pad not in plain.get_vocab():
+        what = f"its tokenizer cannot be {dict(settings)}"
+        raise BaseModelError(what, where, "Copy or download the file again.")
+    return CLIPTokenizer.from_pretrained(POCKET / "tokenizer", model_max_length=length, pad_token=pad)
 
 
 def _random_parts(info: BaseInfo) -> dict[str, Any]:
@@ -312,6 +446,17 @@ def _random_parts(info: BaseInfo) -> dict[str, Any]:
             tokenizer = name.replace("text_encoder", "tokenizer")
             parts[tokenizer] = CLIPTokenizer.from_pretrained(POCKET / "tokenizer", model_max_length=77)
     return parts
+
+
+@contextmanager
+def _in_fp32(module: Any) -> Iterator[None]:
+    """Within the block a module of half precision computes in fp32; its weights lose nothing on the way back."""
+    dtype = module.dtype
+    module.float()
+    try:
+        yield
+    finally:
+        module.to(dtype)
 
 
 def _quiet_libraries() -> None:

@@ -2,13 +2,13 @@
 
 Either is read back before it takes its name. A checkpoint file also holds the configurations of its parts, under
 `lorasmith.components` in its metadata, because names and shapes do not tell them all; so `unpack` gives the same model.
+Of other files, `singlefile.py` tells what it can.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +18,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from .architectures import Configs
 from .bases import POCKET, FamilyName
-from .errors import BaseModelError, ExportError, UserError
+from .errors import ExportError, UserError
 from .export import DTYPES, Precision
 from .files import atomic_file, atomic_folder
 from .ldm import from_ldm, to_ldm, with_text_model
-from .lorafile import LoraFile
 from .metadata import architecture_of
-from .models import FAMILIES, Base
-
-COMPONENTS = "lorasmith.components"
+from .models import FAMILIES, Base, clip_tokenizer, load_base
+from .singlefile import COMPONENTS, SingleFile, read_single_file
 
 Weights = dict[str, dict[str, Tensor]]
 """By component and by the names that diffusers gives them on disk."""
-Configs = dict[str, dict[str, Any]]
-"""By component; those of tokenizers are `model_max_length` and `pad_token`."""
-
-
-@dataclass(frozen=True)
-class CheckpointFile:
-    """What the header of a checkpoint file says of its model."""
-
-    path: Path
-    family: FamilyName
-    configs: Configs
 
 
 def save_checkpoint_file(base: Base, path: Path, precision: Precision = "fp16") -> None:
@@ -75,46 +63,20 @@ def save_model_folder(base: Base, folder: Path, precision: Precision = "fp16") -
     _write_folder(folder, base.info.family, _configs(base), _weights(base, precision), _tokenizers(base))
 
 
-def read_checkpoint_file(path: Path) -> CheckpointFile:
-    """Read the header of a file of `save_checkpoint_file`.
-
-    Raises:
-        UserError: if it is not a whole safetensors file.
-        BaseModelError: if it does not hold the configurations of its parts.
-    """
-    text = LoraFile.open(path).metadata.get(COMPONENTS)
-    if text is None:
-        what = f"does not hold the configurations of its parts (no {COMPONENTS} in its metadata)"
-        fix = "Convert it with diffusers: StableDiffusionPipeline.from_single_file(...).save_pretrained"
-        raise BaseModelError(what, str(path), fix)
-    try:
-        configs = json.loads(text)
-        family = configs.pop("family")
-        lacking = {*_classes(family), *_tokenizer_names(family)} ^ configs.keys()
-        if lacking or not all(isinstance(config, dict) for config in configs.values()):
-            raise ValueError
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise BaseModelError(f"{COMPONENTS} in its metadata is damaged", str(path), _AGAIN) from None
-    return CheckpointFile(path, family, configs)
-
-
-def unpack(path: Path, folder: Path) -> CheckpointFile:
-    """Turn a file of `save_checkpoint_file` into the diffusers folder of the same model, in the file's precision.
+def unpack(path: Path, folder: Path) -> SingleFile:
+    """Turn a file of a whole model into the diffusers folder of the same model, in the file's precision.
 
     Names are checked here; that all weights are there in the right shapes, `load_base` checks.
 
     Raises:
-        UserError: if it is not a whole safetensors file, or the folder holds anything but an earlier model.
-        BaseModelError: if it holds what is no part of the model that it says.
+        BaseModelError: if it is not a whole file, or holds what is no part of a model of its family.
+        UserError: if the folder holds anything but an earlier model.
     """
-    file = read_checkpoint_file(path)
-    tokenizers = {name: _clip_tokenizer(path, file.configs[name]) for name in _tokenizer_names(file.family)}
-    weights = from_ldm(file.family, load_file(path), file.configs["unet"], file.configs["vae"])
-    _write_folder(folder, file.family, file.configs, weights, tokenizers)
-    return file
-
-
-_AGAIN = "Copy or download it again."
+    found = read_single_file(path, str(path))
+    tokenizers = {name: clip_tokenizer(found.configs[name], str(path)) for name in _tokenizer_names(found.family)}
+    weights = from_ldm(found.family, found.file.tensors(), found.configs["unet"], found.configs["vae"])
+    _write_folder(folder, found.family, found.configs, weights, tokenizers)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,7 +86,8 @@ _AGAIN = "Copy or download it again."
 def _weights(base: Base, precision: Precision) -> Weights:
     """All weights as they are written: on the CPU, contiguous and finite."""
     weights: Weights = {}
-    for component, module in (*base.components.items(), ("vae", base.vae)):
+    exact_vae = base.vae if base.vae.dtype == torch.float32 else load_base(base.info).vae
+    for component, module in (*base.components.items(), ("vae", exact_vae)):
         own = {key: tensor for key, tensor in module.state_dict().items() if not key.endswith("position_ids")}
         for key, tensor in own.items():
             where = f"{component}.{key}"
@@ -170,9 +133,10 @@ def _modelspec(base: Base, title: str) -> dict[str, str]:
 
 
 def _marks(base: Base) -> dict[str, Tensor]:
-    """ComfyUI and Forge take an SDXL for one that predicts v if it holds a tensor of this name."""
-    v = base.info.family == "sdxl" and base.info.prediction == "v_prediction"
-    return {"v_pred": torch.zeros(0)} if v else {}
+    """ComfyUI and Forge take an SDXL for one that predicts v, or ends in pure noise, if it holds tensors so named."""
+    info, is_xl = base.info, base.info.family == "sdxl"
+    marks = {"v_pred": info.prediction == "v_prediction", "ztsnr": info.zero_terminal_snr}
+    return {name: torch.zeros(0) for name, holds in marks.items() if is_xl and holds}
 
 
 def _classes(family: FamilyName) -> dict[str, tuple[str, str]]:
@@ -188,15 +152,6 @@ def _tokenizer_names(family: FamilyName) -> list[str]:
 
 def _tokenizers(base: Base) -> dict[str, CLIPTokenizer]:
     return dict(zip(_tokenizer_names(base.info.family), base.tokenizers, strict=True))
-
-
-def _clip_tokenizer(path: Path, settings: Mapping[str, Any]) -> CLIPTokenizer:
-    """CLIP's own tokenizer. How it pads matters: OpenCLIP's text encoders were trained on `!` there."""
-    length, pad = settings.get("model_max_length"), settings.get("pad_token")
-    plain = CLIPTokenizer.from_pretrained(POCKET / "tokenizer")
-    if not isinstance(length, int) or length < 1 or not isinstance(pad, str) or pad not in plain.get_vocab():
-        raise BaseModelError(f"its tokenizer cannot be {dict(settings)}", str(path), _AGAIN)
-    return CLIPTokenizer.from_pretrained(POCKET / "tokenizer", model_max_length=length, pad_token=pad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
