@@ -19,7 +19,7 @@ from lorasmith.trainer.jobs import create_run
 from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.plan import make_plan
 
-GOLDEN = [0.294255, 0.05539, 0.119501, 0.117015, 0.069287, 0.055516, 0.083323, 0.261766]
+GOLDEN = [0.134074, 0.251352, 0.168521, 0.186106, 0.262865, 0.114227, 0.182189, 0.054043]
 
 
 def losses(folder: Path) -> list[float]:
