@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .errors import RunError
 from .files import atomic_folder
 from .jobs import RunFolder
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -44,15 +44,19 @@ class Checkpoint:
 
     state: TrainState
     adapter: dict[str, Tensor]
-    """What was trained: adapters, or weights of the base itself."""
+    """What was trained, as it is to be used: adapters, or weights of the base itself."""
     optimizer: dict[str, Any]
-    """The optimizer's state, and that of the gradient scaler where there is one."""
+    """The optimizer's state, and that of the gradient scaler and of `averages` where there are such."""
+    trained: dict[str, Tensor] = field(default_factory=dict)
+    """With averages, which `adapter` then holds: the weights that training goes on from."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; the folder appears by rename, so it is whole or absent."""
     with atomic_folder(folder) as temporary:
         save_file(checkpoint.adapter, temporary / "adapter.safetensors")
+        if checkpoint.trained:
+            save_file(checkpoint.trained, temporary / "trained.safetensors")
         torch.save(checkpoint.optimizer, temporary / "optimizer.pt")
         (temporary / "state.json").write_text(json.dumps(asdict(checkpoint.state), indent=2) + "\n", encoding="utf-8")
 
@@ -68,11 +72,12 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         state = TrainState(**{f.name: values[f.name] for f in fields(TrainState)})
         adapter = _load_tensors(folder / "adapter.safetensors")
         optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        trained = _load_tensors(folder / "trained.safetensors") if "averages" in optimizer else {}
     except _SIGNS_OF_DAMAGE as error:
         raise RunError(
             f"cannot be read ({error})", str(folder), "Remove this folder; an earlier one is then used."
         ) from error
-    return Checkpoint(state, adapter, optimizer)
+    return Checkpoint(state, adapter, optimizer, trained)
 
 
 _SIGNS_OF_DAMAGE = (
