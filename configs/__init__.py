@@ -13,9 +13,11 @@ def recipe_names() -> list[str]:
     return sorted(file.name.removesuffix(".toml") for file in files(__name__).iterdir() if file.name.endswith(".toml"))
 
 
-def recipe_for(base: str, family: str) -> str:
-    """The recipe to start from, for a base as it was named and the family it was found to be of."""
-    return "demo" if base == "pocket" else f"style-{family}"
+def recipe_for(base: str, family: str, prediction: str) -> str:
+    """The recipe to start from, for a base as it was named, and the family and prediction it was found to have."""
+    if base == "pocket":
+        return "demo"
+    return "style-sdxl-v" if (family, prediction) == ("sdxl", "v_prediction") else f"style-{family}"
 
 
 def recipe_text(name: str) -> str:

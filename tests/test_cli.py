@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lorasmith.configs import recipe_for
+from lorasmith.configs import recipe_for, recipe_names
 from lorasmith.trainer.cli import for_a_person
 from lorasmith.trainer.errors import TrainingError, UserError
 from lorasmith.trainer.events import Warned
@@ -362,11 +362,18 @@ def test_a_full_gpu_is_told_with_what_helps_and_a_bug_is_not():
 
 
 @pytest.mark.parametrize(
-    ("base", "family", "recipe"),
-    [("pocket", "sd1", "demo"), ("random:sd15", "sd1", "style-sd1"), ("some/xl", "sdxl", "style-sdxl")],
+    ("base", "family", "prediction", "recipe"),
+    [
+        ("pocket", "sd1", "epsilon", "demo"),
+        ("random:sd15", "sd1", "epsilon", "style-sd1"),
+        ("random:sd21", "sd2", "v_prediction", "style-sd2"),
+        ("some/xl", "sdxl", "epsilon", "style-sdxl"),
+        ("some/xl", "sdxl", "v_prediction", "style-sdxl-v"),
+    ],
 )
-def test_each_family_has_its_recipe(base: str, family: str, recipe: str):
-    assert recipe_for(base, family) == recipe
+def test_each_family_has_its_recipe(base: str, family: str, prediction: str, recipe: str):
+    assert recipe_for(base, family, prediction) == recipe
+    assert recipe in recipe_names()
 
 
 def test_previews_can_be_switched_off_at_resume(config: Path):

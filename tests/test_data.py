@@ -139,7 +139,7 @@ def losses_of(config: RunConfig, cache: Path) -> tuple[Trainer, Tensor]:
     plan = make_plan(config.model_copy(update={"runtime": config.runtime.model_copy(update={"cache": str(cache)})}))
     trainer = Trainer(plan, create_run(plan.config), lambda event: None)
     with torch.no_grad():
-        return trainer, trainer.loss([Shot(number, 0) for number in range(len(plan.examples))], seed=5)
+        return trainer, trainer.loss([Shot(number, 0) for number in range(len(plan.examples))], 0, 0)
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_shuffled_captions_reach_training_either_way(tmp_path: Path, two: Path, 
     captions = [showing(trainer.plan.examples, Shot(0, number)).caption for number in range(6)]
     assert len(set(captions)) > 1
     with torch.no_grad():
-        found = [trainer.loss([Shot(0, number)], seed=5).item() for number in range(6)]
+        found = [trainer.loss([Shot(0, number)], 0, 0).item() for number in range(6)]
         fresh = {caption: trainer.base.encode([caption]) for caption in captions}
         noisy = torch.randn(1, 4, 16, 16)
         predictions = {
@@ -279,6 +279,17 @@ def test_the_plan_says_which_setting_would_crop_less(tmp_path: Path):
     assert wide.examples[0].fit.cropped_share < 0.1
     assert not any("crop" in warning for warning in wide.warnings())
     assert narrow.facts()["placed"][0] == narrow.facts()["placed"][0] | {"image": "wide.png", "buckets": ["512x128"]}
+
+
+@pytest.mark.parametrize("augmentation", [{}, {"crop_jitter": 1.0, "augmentations": 8}, {"crop": "random"}])
+def test_the_plan_judges_images_as_they_are_at_each_resolution_whatever_is_drawn(tmp_path: Path, augmentation: dict):
+    """An image of 100 pixels is enlarged 2.6 times for 256; enlarging by chance is no loss that a setting mends."""
+    picture(tmp_path / "photos" / "square.png", (100, 100), (1, 2, 3))
+    picture(tmp_path / "photos" / "wide.png", (2400, 320), (1, 2, 4))
+    data = {"path": str(tmp_path / "photos"), "trigger": "x", "resolution": [128, 256]} | augmentation
+    soft, cut = make_plan(config_of(data, runtime={"cache": str(tmp_path / "cache")})).warnings()
+    assert soft == "1 image will be soft, enlarged over 1.5 times: square.png."
+    assert cut.startswith("1 image loses over 25% of its area to the crop: wide.png. With buckets.max_ratio = 8 ")
 
 
 def test_the_plan_warns_of_wildcards_that_are_switched_off(tmp_path: Path):

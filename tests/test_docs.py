@@ -21,6 +21,33 @@ def test_tables_of_settings_are_those_of_the_code(page: Path):
     assert with_tables(text) == text, "make them anew with: python -m tools.settings_tables"
 
 
+def test_every_setting_is_in_one_table_on_one_page():
+    from lorasmith.trainer.config import RunConfig, table_of
+
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    sections = [name for name, field in RunConfig.model_fields.items() if table_of(field.annotation)]
+    assert sorted(re.findall(r"<!-- settings: (\w+) -->", text)) == sorted(["run", *sections])
+
+
+@pytest.mark.parametrize(
+    ("section", "row"),
+    [
+        ("run", '| `recipe` | text | `""` | The shipped recipe'),
+        ("data", "| `resolution` | whole number or list of whole numbers | `0` | "),
+        ("adapter", "| `train_only` | list of texts | `[]` | "),
+        ("adapter", "| `text_encoder` | true or false | `true` | "),
+        ("block", "| `path` | text | required | "),
+        ("optimizer", "| `options` | table of names and values | `{}` | "),
+        ("optimizer", "| `lr` | number | `0.0001` | "),
+        ("save", '| `keep` | "all" or whole number | `"all"` | '),
+    ],
+)
+def test_a_setting_of_each_type_is_told_in_words(section: str, row: str):
+    from tools.settings_tables import table
+
+    assert row in table(section)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_to_files_lead_to_files(page: Path):
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))

@@ -22,13 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig
 
-from lorasmith.trainer.adapter import ADAPTER, lora_modules, put_on, strength
+from lorasmith.trainer.adapter import ADAPTER, deltas, strength
 from lorasmith.trainer.architectures import ARCHITECTURES
 from lorasmith.trainer.bases import FAMILY_TITLES, BaseInfo, FamilyName, inspect_base
 from lorasmith.trainer.card import write_beside
 from lorasmith.trainer.config import AdapterSection, RunConfig
 from lorasmith.trainer.errors import ExportError, UserError
-from lorasmith.trainer.export import export, tensors, write
+from lorasmith.trainer.export import castable, export, write
+from lorasmith.trainer.fitting import put_on
 from lorasmith.trainer.keys import Format, diffusers_name, grammar, kohya_name
 from lorasmith.trainer.lorafile import LoraFile, inspect
 from lorasmith.trainer.metadata import Facts, FolderFacts
@@ -57,7 +58,7 @@ def trained(folder: Path, scale: float = 0.5, **settings: Any) -> Base:
     put_on(base, AdapterSection(**({"rank": 4, "alpha": 4.0} | settings)), seed=1)
     generator = torch.Generator().manual_seed(5)
     for component in base.components.values():
-        for lora in lora_modules(component):
+        for lora in deltas(component):
             lora.up.copy_(torch.randn(lora.up.shape, generator=generator) * scale)
     return base
 
@@ -107,7 +108,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 CASES: dict[str, dict[str, Any]] = {
     "alpha is rank": {},
     "alpha is not rank": {"alpha": 6.0},
-    "all layers": {"targets": "attention+ff+conv", "alpha": 2.0},
+    "all layers": {"targets": "all", "alpha": 2.0},
     "mixed": {"targets": "attention+ff", "alpha": 2.0},
 }
 
@@ -313,15 +314,15 @@ def test_a_pipeline_that_answers_otherwise_is_rejected(folders: dict[str, Path],
 
 
 def live_nan(base: Base) -> None:
-    next(lora_modules(base.unet)).up[0, 0] = float("nan")
+    next(deltas(base.unet)).up[0, 0] = float("nan")
 
 
 def live_too_large(base: Base) -> None:
-    next(lora_modules(base.unet)).up[0, 0] = 1e6
+    next(deltas(base.unet)).up[0, 0] = 1e6
 
 
 def live_zero(base: Base) -> None:
-    for lora in lora_modules(base.text_encoders["text_encoder"]):
+    for lora in deltas(base.text_encoders["text_encoder"]):
         lora.up.zero_()
 
 
@@ -352,16 +353,16 @@ def test_a_live_model_that_cannot_be_written_is_refused(
 def test_a_layer_that_hardly_changes_is_no_reason_to_reject(folders: dict[str, Path], tmp_path: Path):
     """As of self-attention over one pixel: its change is so small that fp16 keeps only some of its bits."""
     base = trained(folders["sd1"])
-    next(lora_modules(base.unet)).up.mul_(1e-11)
+    next(deltas(base.unet)).up.mul_(1e-11)
     export(base, tmp_path / "still.safetensors", Facts("still"), lambda: freshly(base))
 
 
 def test_only_the_trained_strength_is_exported(folders: dict[str, Path]):
     base = trained(folders["sd1"])
     with strength(base, 0.5), pytest.raises(ExportError, match=r"strength 0.5, not 1"):
-        tensors(base, "kohya", torch.float16)
+        castable(base, None, "kohya", torch.float16)
     with pytest.raises(ExportError, match="carries no adapter"):
-        tensors(load_base(inspect_base(str(folders["sd1"]))), "kohya", torch.float16)
+        castable(load_base(inspect_base(str(folders["sd1"]))), None, "kohya", torch.float16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -127,8 +127,11 @@ def test_every_module_that_is_imported_at_the_top_is_declared_as_a_dependency():
     assert {name: file for name, file in used.items() if name not in allowed} == {}
 
 
+SUBJECTS = [f"{subject}-{base}" for subject in ("style", "character", "object") for base in ("sd1", "sdxl", "sdxl-v")]
+
+
 def test_there_are_recipes():
-    assert {"style-sd1", "style-sd2", "style-sdxl"} <= set(recipe_names())
+    assert {"demo", "full", "style-sd2", *SUBJECTS} == set(recipe_names())
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -144,3 +147,29 @@ def test_the_header_of_every_recipe_says_hardware_and_what_to_expect(name: str):
     assert any("Hardware:" in line for line in header)
     assert any("Minutes:" in line for line in header)
     assert any("Expected:" in line for line in header)
+
+
+@pytest.mark.parametrize("name", ["style-sd2", *SUBJECTS])
+def test_what_a_recipe_sets_other_than_the_default_has_its_reason_beside_it(name: str):
+    defaults, reasons = validate({"name": "x", "data": [{"path": "photos"}]}), {}
+    for section, table in tomlkit.parse(recipe_text(name)).items():
+        for key, value in table.items():
+            if value != getattr(getattr(defaults, section), key):
+                reasons[f"{section}.{key}"] = table.item(key).trivia.comment
+    assert [setting for setting, reason in reasons.items() if not reason] == []
+
+
+@pytest.mark.parametrize("subject", ["style", "character", "object"])
+def test_recipes_for_models_that_predict_v_keep_the_last_time_step_and_differ_in_nothing_else(subject: str):
+    """Where noise ends in zero SNR, min-snr gives the last time-step no weight at all."""
+    of_v, of_epsilon = read_recipe(f"{subject}-sdxl-v"), read_recipe(f"{subject}-sdxl")
+    assert of_v.pop("objective") == {"prediction": "v_prediction", "weighting": "none"}
+    assert of_v["sample"].pop("guidance") < of_epsilon["sample"].pop("guidance")
+    assert of_v == of_epsilon
+
+
+@pytest.mark.parametrize("name", ["style-sd2", *SUBJECTS])
+def test_each_checkpoint_of_a_recipe_has_a_preview_and_there_are_ten(name: str):
+    config = validate({"name": "x", "data": [{"path": "photos"}], "recipe": name})
+    steps = config.budget.images / (config.budget.batch * config.budget.accumulate)
+    assert config.save.every == config.sample.every == steps / 10

@@ -5,11 +5,12 @@ A table stands between `<!-- settings: SECTION -->` and `<!-- end -->`; `tests/t
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
-from lorasmith.trainer.config import RunConfig, Section, table_of
+from lorasmith.trainer.config import RunConfig, table_of
 from lorasmith.trainer.files import write_text
 
 DOCUMENTS = sorted(Path("docs").glob("*.md"))
@@ -22,34 +23,38 @@ def with_tables(text: str) -> str:
 
 
 def table(section: str) -> str:
-    """The settings of one section as a Markdown table: name, type, default, docstring."""
-    kind = table_of(RunConfig.model_fields[section].annotation)
+    """The settings of one section as a Markdown table: name, type, default, docstring; `run` is what stands above all
+    sections."""
+    kind = RunConfig if section == "run" else table_of(RunConfig.model_fields[section].annotation)
     assert kind is not None, f"{section} is no section"
     rows = [
-        f"| `{name}` | {_type(field)} | {_default(kind, name)} | {_help(field)} |\n" for name, field in _fields(kind)
+        f"| `{name}` | {type_of(field.annotation)} | {_default(field)} | {_help(field)} |\n"
+        for name, field in kind.model_fields.items()
+        if table_of(field.annotation) is None
     ]
     return "".join(["| setting | is | default | what it does |\n| --- | --- | --- | --- |\n", *rows])
 
 
-def _fields(kind: type[Section]) -> list[tuple[str, Any]]:
-    return list(kind.model_fields.items())
-
-
-def _type(field: Any) -> str:
+def type_of(annotation: Any) -> str:
+    """What a value is, in words: `text`, `"a" or "b"`, `list of texts`."""
     words = {str: "text", int: "whole number", float: "number", bool: "true or false"}
-    if field.annotation in words:
-        return words[field.annotation]
-    choices = [f'"{value}"' for value in get_args(field.annotation) if isinstance(value, str)]
-    return " or ".join(choices) if choices else "a whole number, or a list of them"
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if annotation in words:
+        return words[annotation]
+    if origin is list:
+        return f"list of {type_of(parts[0])}s"
+    if origin is dict:
+        return "table of names and values"
+    if origin is Literal:
+        return " or ".join(f'"{choice}"' for choice in parts)
+    return " or ".join(type_of(part) for part in parts)
 
 
-def _default(kind: type[Section], name: str) -> str:
-    field = kind.model_fields[name]
+def _default(field: Any) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    shown = {True: "true", False: "false"}.get(value) if isinstance(value, bool) else None
-    return f"`{shown or (repr(value).replace(chr(39), chr(34)) if isinstance(value, str) else f'{value:g}')}`"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{json.dumps(value, ensure_ascii=False)}`"
 
 
 def _help(field: Any) -> str:

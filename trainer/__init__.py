@@ -6,6 +6,7 @@ import os
 __version__ = "0.1.0"
 
 # Other libraries give advice about packages that are not used here while they are imported; their errors still show.
-logging.getLogger("xformers").setLevel(logging.ERROR)
+for library in ("xformers", "bitsandbytes"):
+    logging.getLogger(library).setLevel(logging.ERROR)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

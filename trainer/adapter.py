@@ -1,211 +1,139 @@
-"""What is trained, LoRA adapters (PEFT) or the base's own weights: put it on, group it, read it, set its strength."""
+"""A live adapter: what it changes in each layer, how strongly it acts, and its weights as a checkpoint has them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lycoris_utils import LycorisLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .config import AdapterSection, RunConfig, Targets
-from .errors import ConfigError, TrainingError
-from .full import interpolated, trained_weights, unfreeze
+from .delta import Delta
+from .errors import TrainingError
+from .full import interpolated, trained_weights
+from .initial import Initial, initial_of, restart
 from .models import Base
+from .pivotal import unread
 
 ADAPTER = "default"
 
-_UNET_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-_UNET_FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
-_UNET_CONVOLUTION = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"]
-UNET_TARGETS: dict[Targets, list[str]] = {
-    "attention": _UNET_ATTENTION,
-    "attention+ff": _UNET_ATTENTION + _UNET_FEED_FORWARD,
-    "attention+ff+conv": _UNET_ATTENTION + _UNET_FEED_FORWARD + _UNET_CONVOLUTION,
-}
 
-# All four of q, k, v and out: A1111 ignores the attention of OpenCLIP text encoders unless all four are there.
-_TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
-TEXT_TARGETS: dict[Targets, list[str]] = {
-    "attention": _TEXT_ATTENTION,
-    "attention+ff": [*_TEXT_ATTENTION, "fc1", "fc2"],
-    "attention+ff+conv": [*_TEXT_ATTENTION, "fc1", "fc2"],
-}
+# ---------------------------------------------------------------------------------------------------------------------
+# what it changes
 
 
-@dataclass(frozen=True)
-class Part:
-    """One trained component, as it is printed and recorded."""
-
-    name: str
-    modules: int
-    parameters: int
-    lr: float
-
-
-@dataclass(frozen=True)
-class LoraModule:
-    """One adapted layer: its weight changes by `alpha / rank * up @ down`."""
-
-    name: str
-    """Dotted path of the layer inside its component."""
-    down: Tensor
-    """(rank, in) or (rank, in, kh, kw)."""
-    up: Tensor
-    """(out, rank) or (out, rank, 1, 1)."""
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-
-def trained_components(base: Base, settings: AdapterSection) -> dict[str, Any]:
-    """The components that are trained."""
-    return {
-        name: module
-        for name, module in base.components.items()
-        if (settings.unet if name == "unet" else settings.text_encoder)
-    }
-
-
-def put_on(base: Base, settings: AdapterSection, seed: int) -> None:
-    """Add fp32 LoRA layers to the trained components of a frozen base, or unfreeze their own weights; no effect yet.
-
-    Raises:
-        ConfigError: if `adapter.train_only` names a block that is not there.
-    """
-    if settings.kind == "full":
-        unfreeze(base, trained_components(base, settings), settings.train_only)
-        return
-    for offset, (name, module) in enumerate(trained_components(base, settings).items()):
-        targets = UNET_TARGETS if name == "unet" else TEXT_TARGETS
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + offset)
-            config = LoraConfig(
-                r=settings.rank,
-                lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType]  # a float is fine
-                target_modules=targets[settings.targets],
-                exclude_modules=base.family.unread_layers(name, module),
-            )
-            module.add_adapter(config, adapter_name=ADAPTER)
-        for parameter in trained_parameters(module):
-            parameter.data = parameter.data.float()
-
-
-def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """What is trained in one component, in a fixed order."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-def learning_rate(config: RunConfig, component: str) -> float:
-    return config.optimizer.lr if component == "unet" else config.optimizer.text_encoder_lr
-
-
-def parts(base: Base, config: RunConfig) -> list[Part]:
-    """What is trained: modules, parameters and learning rate of each part, counted on the live model.
-
-    Raises:
-        ConfigError: if a part that should be trained holds nothing that is.
-    """
-    found, trains = [], {n: trained_parameters(m) for n, m in trained_components(base, config.adapter).items()}
-    for name, module in trained_components(base, config.adapter).items():
-        parameters = trains[name]
-        alike = [other for other in trains if (other == "unet") == (name == "unet")]
-        if not any(trains[other] for other in alike):
-            full = config.adapter.kind == "full"
-            raise ConfigError(
-                f"no {'block' if full else 'layer'} of {name} is among those that are to be trained",
-                "adapter.train_only" if full else "adapter.targets",
-                f"Name one, or set adapter.{'unet' if name == 'unet' else 'text_encoder'} = false.",
-            )
-        if not parameters:  # of two text encoders, one may be trained alone
-            continue
-        size = sum(parameter.numel() for parameter in parameters)
-        found.append(Part(name, len(list(_trained_modules(module))), size, learning_rate(config, name)))
-    return found
-
-
-def parameter_groups(base: Base, config: RunConfig) -> list[dict]:
-    """One optimizer group per part, each with its learning rate."""
-    return [
-        {"params": trained_parameters(module), "lr": learning_rate(config, name), "name": name}
-        for name, module in trained_components(base, config.adapter).items()
-        if trained_parameters(module)
-    ]
-
-
-def _trained_modules(component: nn.Module) -> Iterator[Any]:
-    """The adapted layers; where there are none, those whose own weights are trained."""
-    own = (m for m in component.modules() if any(p.requires_grad for p in m.parameters(recurse=False)))
-    return lora_modules(component) if has_adapters(component) else own
+def tuner_layers(component: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """The adapted layers of one component, by their dotted paths."""
+    for name, layer in component.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            yield name, layer
 
 
 def has_adapters(component: nn.Module) -> bool:
-    return next(lora_modules(component), None) is not None
+    return next(tuner_layers(component), None) is not None
 
 
-def lora_modules(component: nn.Module) -> Iterator[LoraModule]:
-    """The adapted layers of one component, read from the live model; alpha is what the layer really applies."""
-    for name, layer in component.named_modules():
-        if isinstance(layer, LoraLayer) and ADAPTER in layer.scaling:
-            down, up = cast(Any, layer.lora_A[ADAPTER]), cast(Any, layer.lora_B[ADAPTER])
-            yield LoraModule(
-                name=name,
-                down=down.weight.detach(),
-                up=up.weight.detach(),
-                alpha=float(layer.scaling[ADAPTER] * layer.r[ADAPTER]),
-            )
+def scale_of(layer: BaseTunerLayer) -> float | None:
+    """What the layer's change is multiplied with, alpha / rank at strength 1; None for rotations, which have none."""
+    return float(layer.scaling[ADAPTER]) if isinstance(layer, LoraLayer | LycorisLayer) else None
 
 
-def adapter_state(base: Base) -> dict[str, Tensor]:
-    """All that is trained, as fp32 copies on the CPU.
-
-    Adapters are `unet.<layer>.down`, `text_encoder.<layer>.up`, ...; the base's own weights have diffusers' names.
-    """
-    return {name: tensor.float().cpu().clone() for name, tensor in _live_weights(base).items()}
-
-
-def load_adapter_state(base: Base, state: dict[str, Tensor]) -> None:
-    """Copy saved weights into what `put_on` prepared.
-
-    Raises:
-        TrainingError: if the saved weights are not those of this configuration.
-    """
-    live = _live_weights(base)
-    shapes = {name: tuple(tensor.shape) for name, tensor in live.items()}
-    if shapes != {name: tuple(tensor.shape) for name, tensor in state.items()}:
-        raise TrainingError(
-            "the saved weights do not fit this base and configuration",
-            "checkpoint",
-            "Use the config.toml and the base that the run was started with.",
-        )
-    for name, tensor in live.items():
-        tensor.copy_(state[name])
+def deltas(component: nn.Module) -> Iterator[Delta]:
+    """What the adapters change in the layers of one component, read live, at the scale they really apply."""
+    for name, layer in tuner_layers(component):
+        if isinstance(layer, LoraLayer):
+            yield _delta_of_lora(name, layer)
+        elif isinstance(layer, LycorisLayer):
+            yield _delta_of_lycoris(name, layer)
+        else:
+            yield Delta(name, {"diff": _rotated(layer) - _weight(layer).float()}, 0.0)
 
 
-def _live_weights(base: Base) -> dict[str, Tensor]:
-    adapters = {
-        f"{component}.{lora.name}.{side}": getattr(lora, side)
-        for component, module in base.components.items()
-        for lora in lora_modules(module)
-        for side in ("down", "up")
-    }
-    return adapters or {name: parameter.detach() for name, parameter in trained_weights(base).items()}
+def base_weight(component: nn.Module, name: str) -> Tensor:
+    """The weight of an adapted layer as the untouched base has it, (out, in[, kh, kw])."""
+    layer = component.get_submodule(name)
+    assert isinstance(layer, BaseTunerLayer), name
+    initial = initial_of(layer)
+    weight = _weight(layer)
+    return weight if initial is None else (weight.float() + initial.of(weight)).to(weight.dtype)
+
+
+def _delta_of_lora(name: str, layer: LoraLayer) -> Delta:
+    down, up = (cast(Any, side[ADAPTER]).weight.detach() for side in (layer.lora_A, layer.lora_B))
+    scale, initial = float(layer.scaling[ADAPTER]), initial_of(layer)
+    if initial is not None:  # the base's weight lacks what the adapter began with
+        share = initial.scale / scale if scale else 0.0
+        down, up = torch.cat([down, initial.down]), torch.cat([up, -share * initial.up], 1)
+    tensors = {"lora_down.weight": down, "lora_up.weight": up}
+    if ADAPTER in layer.lora_magnitude_vector:
+        lengths = cast(Any, layer.lora_magnitude_vector[ADAPTER]).weight.detach()
+        tensors["dora_scale"] = lengths.view(-1, *[1] * (_weight(layer).dim() - 1))
+    return Delta(name, tensors, scale * down.shape[0])
+
+
+def _delta_of_lycoris(name: str, layer: LycorisLayer) -> Delta:
+    """PEFT scales a Kronecker product of two whole factors as well, where all clients leave it as it is."""
+    tensors = {n: cast(Any, getattr(layer, n))[ADAPTER].detach() for n in _parameters_of(layer)}
+    scale = float(layer.scaling[ADAPTER])
+    if {"lokr_w1", "lokr_w2"} <= tensors.keys():
+        return Delta(name, tensors | {"lokr_w2": scale * tensors["lokr_w2"]}, 1.0)
+    return Delta(name, tensors, scale * layer.r[ADAPTER])
+
+
+def _parameters_of(layer: LycorisLayer) -> list[str]:
+    """Of all matrices that such a layer may have, those that it has."""
+    return [name for name in layer.adapter_layer_names if ADAPTER in getattr(layer, name)]
+
+
+def _weight(layer: BaseTunerLayer) -> Tensor:
+    return cast(Tensor, layer.get_base_layer().weight).detach()
+
+
+def _rotated(layer: BaseTunerLayer) -> Tensor:
+    """The weight with the rotation in it, fp32; the layer is left as it was."""
+    base = layer.get_base_layer()
+    kept = cast(Any, base.weight).data
+    base.weight.data = kept.float().clone()
+    try:
+        cast(Any, layer).merge()
+        return base.weight.data.clone()
+    finally:
+        base.weight.data = kept
+        layer.merged_adapters.clear()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# its strength
 
 
 @contextmanager
 def strength(base: Base, factor: float) -> Iterator[None]:
     """Within the block what was trained acts with `factor` times its effect; 0 is the untouched base."""
-    if not any(map(has_adapters, base.components.values())):
-        with interpolated(base, factor) if factor != 1 and trained_weights(base) else nullcontext():
-            yield
-        return
-    layers = [m for c in base.components.values() for m in c.modules() if isinstance(m, LoraLayer)]
+    with _acting(base, factor), unread(base) if factor == 0 else nullcontext():
+        yield
+
+
+def _acting(base: Base, factor: float) -> AbstractContextManager[None]:
+    layers = [layer for component in base.components.values() for _, layer in tuner_layers(component)]
+    if factor == 1:
+        return nullcontext()
+    if not layers:
+        return interpolated(base, factor) if trained_weights(base) else nullcontext()
+    return _scaled(layers, factor) if all(map(_is_linear, layers)) else _replaced(base, factor)
+
+
+def _is_linear(layer: BaseTunerLayer) -> bool:
+    """Whether its effect is in proportion to its scale."""
+    is_dora = isinstance(layer, LoraLayer) and ADAPTER in layer.lora_magnitude_vector
+    return scale_of(layer) is not None and not is_dora and initial_of(layer) is None
+
+
+@contextmanager
+def _scaled(layers: list[Any], factor: float) -> Iterator[None]:
     trained = [dict(layer.scaling) for layer in layers]
     for layer in layers:
         layer.scaling = {name: value * factor for name, value in layer.scaling.items()}
@@ -214,3 +142,86 @@ def strength(base: Base, factor: float) -> Iterator[None]:
     finally:
         for layer, scaling in zip(layers, trained, strict=True):
             layer.scaling = scaling
+
+
+@contextmanager
+def _replaced(base: Base, factor: float) -> Iterator[None]:
+    """The adapters are switched off, and a share of their change stands in the weights; put back bit by bit."""
+    kept: list[tuple[Any, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for component in base.components.values():
+                for delta in list(deltas(component)):
+                    layer = cast(Any, component.get_submodule(delta.name))
+                    weight, original = _weight(layer), base_weight(component, delta.name)
+                    kept.append((layer, weight.cpu().clone()))
+                    changed = original.float() + factor * delta.of(original) if factor else original
+                    weight.copy_(changed)
+                    layer.enable_adapters(False)
+        yield
+    finally:
+        for layer, weight in kept:
+            _weight(layer).copy_(weight)
+            layer.enable_adapters(True)
+
+
+def let_drop(base: Base, drop: bool) -> None:
+    """Switch the adapters' dropout, which draws from torch's own generator; the base's layers have none."""
+    for component in base.components.values():
+        for _, layer in tuner_layers(component):
+            cast(nn.Module, layer).train(drop)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# its weights
+
+
+def adapter_state(base: Base) -> dict[str, Tensor]:
+    """All that is trained, by component and the library's name, as fp32 copies on the CPU.
+
+    Where the base's weights lack what an adapter began with, that is here as well.
+    """
+    weights = {name: parameter.detach() for name, parameter in trained_weights(base).items()}
+    return {name: tensor.float().cpu().clone() for name, tensor in (weights | _initials(base)).items()}
+
+
+def load_adapter_state(base: Base, state: dict[str, Tensor]) -> None:
+    """Copy saved weights into what `put_on` prepared.
+
+    Raises:
+        TrainingError: if the saved weights are not those of this configuration.
+    """
+    live = {name: parameter.detach() for name, parameter in trained_weights(base).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in (live | _initials(base)).items()}
+    if shapes != {name: tuple(tensor.shape) for name, tensor in state.items()}:
+        raise TrainingError(
+            "the saved weights do not fit this base and configuration",
+            "checkpoint",
+            "Use the config.toml and the base that the run was started with.",
+        )
+    for name, layer in _begun(base):
+        restart(layer, Initial(state[f"{name}.initial_down"], state[f"{name}.initial_up"], _initial(layer).scale))
+    for name, tensor in live.items():
+        tensor.copy_(state[name])
+
+
+def _initials(base: Base) -> dict[str, Tensor]:
+    return {
+        f"{name}.initial_{side}": getattr(_initial(layer), side)
+        for name, layer in _begun(base)
+        for side in ("down", "up")
+    }
+
+
+def _begun(base: Base) -> Iterator[tuple[str, Any]]:
+    """Layers whose base weight lacks what their adapter began with."""
+    for component, module in base.components.items():
+        for name, layer in tuner_layers(module):
+            if initial_of(layer) is not None:
+                yield f"{component}.{name}", layer
+
+
+def _initial(layer: Any) -> Initial:
+    initial = initial_of(layer)
+    assert initial is not None
+    return initial

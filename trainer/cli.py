@@ -19,7 +19,7 @@ from .errors import INTERRUPTED, ConfigError, LorasmithError, TrainingError, Use
 
 if TYPE_CHECKING:
     from ..datasets.filling import Filled
-    from .config import RunConfig
+    from .configfile import Origin
     from .plan import Plan
     from .publish import Format
     from .run import Finished
@@ -125,11 +125,11 @@ def init(
     recipe: Annotated[str, typer.Option(help="A shipped recipe; the one for the base's family if not given.")] = "",
 ) -> None:
     """Write a commented configuration for a folder of images."""
-    from ..configs import read_recipe, recipe_for, recipe_names
+    from ..configs import recipe_for, recipe_names
     from ..datasets.folder import scan
     from ..datasets.unpack import as_folder
     from .bases import inspect_base
-    from .configfile import merge, to_toml, validate
+    from .configfile import to_toml, validate
     from .files import user_cache, write_text
 
     if file.exists():
@@ -139,17 +139,16 @@ def init(
     _refuse_unwritable(file.parent, str(file))
     count = len(scan(as_folder(images, user_cache())))
     found = inspect_base(base)
-    recipe = recipe or recipe_for(base, found.family)
+    recipe = recipe or recipe_for(base, found.family, found.prediction)
     if recipe not in recipe_names():
         raise ConfigError(f"there is no recipe {recipe!r}", "--recipe", f"Recipes: {', '.join(recipe_names())}.")
     answers = {
         "name": name or file.stem,
+        "recipe": recipe,
         "base": {"model": base},
-        "data": [
-            {"path": _path_from(file.parent, Path(images)) if Path(images).exists() else images, "trigger": trigger}
-        ],
+        "data": [{"path": _path_from(file.parent, images), "trigger": trigger}],
     }
-    config = validate(merge(read_recipe(recipe), answers), source="init")
+    config = validate(answers, source="init")
     write_text(file, to_toml(config))
     typer.echo(f"{file}: {count} images, base {found.title}, recipe {recipe}")
     typer.echo(f"Look at it, then: lorasmith plan {file}")
@@ -267,14 +266,15 @@ def plan(file: ConfigFile, set_: Overrides = None, as_json: Json = False) -> Non
     """Validate a configuration, and say what would happen."""
     from .jobs import check_name_is_free
 
-    made = _plan_of(file, set_)
+    made, origins = _plan_of(file, set_)
     check_name_is_free(made.config)
     if as_json:
-        _print_json(made.facts())
+        _print_json(made.facts() | {"origins": origins})
     else:
-        from .console import print_plan
+        from .console import print_origins, print_plan
 
         print_plan(made)
+        print_origins(made.config, origins)
 
 
 @app.command()
@@ -302,7 +302,7 @@ def train(file: ConfigFile, set_: Overrides = None) -> None:
     from .console import Reporter, print_plan
     from .jobs import check_name_is_free, is_main_process
 
-    made = _plan_of(file, set_)
+    made, _ = _plan_of(file, set_)
     if is_main_process():
         check_name_is_free(made.config)
         print_plan(made)
@@ -452,7 +452,8 @@ def convert(
     if to_file:
         save_checkpoint_file(load_base(inspect_base(source)), target, precision or "fp16")
     else:
-        unpack(Path(source), target)
+        for assumption in unpack(Path(source), target).assumptions:
+            typer.echo(f"warning: {assumption}", err=True)
     typer.echo(target)
 
 
@@ -485,26 +486,23 @@ def ui(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _plan_of(file: Path, overrides: list[str] | None) -> Plan:
+def _plan_of(file: Path, overrides: list[str] | None) -> tuple[Plan, dict[str, Origin]]:
+    """The plan of a file, and where each of its settings comes from."""
+    from .configfile import read_with_provenance
     from .console import Reporter
     from .events import Phase
     from .plan import make_plan
 
-    config = _config_of(file, overrides)
+    config, origins = read_with_provenance(file, overrides or [])
     with Reporter() as report:
-        return make_plan(
+        made = make_plan(
             config, lambda done, total: report(Phase("reading images", done, total)) if total > _MANY else None
         )
+    return made, origins
 
 
 _MANY = 100
 """Images; reading fewer takes no time worth a word."""
-
-
-def _config_of(file: Path, overrides: list[str] | None) -> RunConfig:
-    from .configfile import read_config
-
-    return read_config(file, overrides or [])
 
 
 def _refuse_unwritable(folder: Path, where: str) -> None:
@@ -544,12 +542,20 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
-def _path_from(start: Path, path: Path) -> str:
-    """`path` relative to a folder where that is possible, with forward slashes."""
+def _path_from(start: Path, data: str) -> str:
+    """A `data.path` that counts from here, told from a folder: relative where that is possible, with forward slashes;
+    a name on the Hub stays."""
+    from ..datasets.unpack import Address
+
+    address = Address.of(data)
+    there = address.local.absolute()
+    if not there.exists():
+        return data
     try:
-        return Path(os.path.relpath(path.absolute(), start.absolute())).as_posix()
+        place = Path(os.path.relpath(there, start.absolute())).as_posix()
     except ValueError:  # another drive
-        return path.absolute().as_posix()
+        place = there.as_posix()
+    return address.with_place(place)
 
 
 def _new_folder(parent: Path, name: str) -> Path:

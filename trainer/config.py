@@ -6,15 +6,22 @@ default. `configfile.py` reads and writes it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from .errors import Problem
+from ..configs import recipe_names
+from .idle import NESTED_PROBLEMS, problems_of
 
-Targets = Literal["attention", "attention+ff", "attention+ff+conv"]
+Kind = Literal["lora", "dora", "loha", "lokr", "oft", "boft", "full"]
+Targets = Literal["attention", "attention+ff", "all-linear", "all", "style-blocks"]
+Init = Literal["default", "gaussian", "pissa", "olora", "eva"]
+Schedule = Literal["constant", "linear", "cosine", "cosine-restarts", "polynomial", "rex", "wsd"]
+Weighting = Literal["none", "min-snr", "soft-min-snr", "debiased"]
+Loss = Literal["mse", "l1", "huber"]
 Attention = Literal["auto", "sdpa", "xformers"]
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 
@@ -29,7 +36,13 @@ class BaseSection(Section):
     """The model that is fine-tuned."""
 
     model: str = Field(default="pocket", min_length=1)
-    """A Hub id, a diffusers folder, `pocket` (embedded), or `random:sd15`, `random:sd21`, `random:sdxl` (for tests)."""
+    """A Hub id, a diffusers folder, a .safetensors or .ckpt file, `pocket` (embedded), or `random:sd15`, `random:sd21`,
+    `random:sdxl` (for tests)."""
+    vae: str = ""
+    """Another VAE: a diffusers folder, a .safetensors file, or a Hub id. Empty: the base's own."""
+    merge: list[str] = Field(default_factory=list)
+    """LoRA files that become part of the base before training, each with its strength if that is not 1, as in
+    "detail.safetensors:0.6". The new LoRA is then meant for a base with them on."""
 
 
 class DataSection(Section):
@@ -130,22 +143,76 @@ class BucketsSection(Section):
 class AdapterSection(Section):
     """What is trained: small weights beside the frozen base, or the base's own."""
 
-    kind: Literal["lora", "full"] = "lora"
-    """lora: small matrices beside frozen weights, which every client reads. full: the base's own weights are trained
-    (learning rates near 1e-5), and a whole model comes out."""
+    kind: Kind = "lora"
+    """lora: small matrices beside frozen weights, which every client reads. dora: LoRA that also learns the length of
+    each weight vector. loha, lokr: Hadamard and Kronecker products in place of a plain one. oft, boft: rotations of
+    what a layer reads. full: the base's own weights are trained (rates near 1e-5), and a whole model comes out.
+    Clients differ in what else than lora they read: the plan says which do."""
     rank: int = Field(default=16, ge=1, le=1024)
     """Width of the low-rank matrices. 16 holds a style; a larger rank copies more of the training images."""
     alpha: float = Field(default=16.0, gt=0, le=4096)
     """The effect is scaled by alpha / rank. Equal to the rank, so that a learning rate means the same at any rank."""
+    conv_rank: int = Field(default=0, ge=0, le=1024)
+    """The rank of 3x3 convolutions, with targets "all". 0: as everywhere."""
+    conv_alpha: float = Field(default=0.0, ge=0, le=4096)
+    """Likewise alpha. 0: in the same ratio to the rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) (Kalajdzievski 2023), which keeps large ranks learning. Lower alpha with it."""
+    init: Init = "default"
+    """Where the matrices start. default: the change is zero (Hu et al. 2021); gaussian: likewise, with normal numbers;
+    pissa, olora: at the base's own largest directions (Meng et al. 2024; Büyükakyüz 2024), which learns faster; eva: at
+    the largest directions of what each layer reads from your images (Paischer et al. 2024)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of a layer's inputs that its adapter does not see in a step."""
+    rank_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the rows of the change that is left out in a step."""
+    module_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the adapters (with oft and boft, of their rotation blocks) that are left out in a step."""
+    decompose_factor: int = Field(default=-1, ge=-1, le=1024)
+    """With lokr: the size of the smaller Kronecker factor. -1: as near to a square as it goes, which is smallest."""
+    block_size: int = Field(default=32, ge=2, le=1024)
+    """With oft and boft: sides of the rotated blocks. Larger blocks learn more; boft's best is a power of two."""
     targets: Targets = "attention"
-    """Which layers get an adapter. Attention is enough for most styles; feed-forward and convolutions add texture."""
+    """Which layers get an adapter. attention is enough for most styles; attention+ff adds feed-forward layers and
+    projections, all-linear time embeddings as well, all also convolutions, for texture. style-blocks: the attention of
+    the block that holds SDXL's style (B-LoRA, Frenkel et al. 2024); the content stays the base's."""
     unet: bool = True
     """Train the UNet."""
     text_encoder: bool = True
     """Train the text encoder, both of them for SDXL. Helps the trigger word take hold."""
     train_only: list[str] = Field(default_factory=list)
-    """With kind "full": the blocks that are trained, such as "unet.up_blocks", "text_encoder.encoder.layers.11" or
-    "unet.*.attentions" (* is anything); all others are frozen. Empty: all are trained."""
+    """The blocks that are trained, such as "unet.up_blocks", "text_encoder.encoder.layers.11" or "unet.*.attentions"
+    (* is anything); all others are left alone. Empty: all that targets names."""
+    start_from: str = ""
+    """A LoRA file, of whichever trainer, whose change the new one starts with. Empty: none."""
+    new_tokens: int = Field(default=0, ge=0, le=32)
+    """Pivotal tuning: the trigger becomes so many new tokens, whose embeddings are trained with the adapter and written
+    to a file of their own. 0: the trigger is what CLIP already reads in it."""
+    token_init: str = ""
+    """The words whose embeddings the new tokens start from. Empty: "style"."""
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether captions have to be encoded anew in each step."""
+        return self.text_encoder or self.new_tokens > 0
+
+    @property
+    def drops(self) -> bool:
+        """Whether parts of the adapter are left out at random in training."""
+        return bool(self.dropout or self.rank_dropout or self.module_dropout)
+
+
+class BlockSection(Section):
+    """Another rank, alpha or learning rate for some blocks; repeat the table for more. The last of several wins."""
+
+    path: str = Field(min_length=1)
+    """The block, such as "unet.up_blocks.1", "unet.mid_block" or "text_encoder.encoder.layers.*" (* is anything)."""
+    rank: int = Field(default=0, ge=0, le=1024)
+    """0: as everywhere."""
+    alpha: float = Field(default=0.0, ge=0, le=4096)
+    """0: in the same ratio to the rank."""
+    lr: float = Field(default=0.0, ge=0, le=1)
+    """0: as everywhere. To leave a block alone, use adapter.train_only."""
 
 
 class BudgetSection(Section):
@@ -162,22 +229,57 @@ class BudgetSection(Section):
 class OptimizerSection(Section):
     """How the trained weights change."""
 
-    kind: Literal["adamw"] = "adamw"
-    """The optimizer."""
-    lr: float = Field(default=1e-4, ge=0, le=1)
-    """Learning rate of the UNet. 1e-4 is the usual start for a LoRA with alpha = rank, 1e-5 for kind "full"."""
-    text_encoder_lr: float = Field(default=5e-5, ge=0, le=1)
+    kind: str = Field(default="adamw", min_length=1)
+    """adamw is PyTorch's own. adamw8bit (bitsandbytes), prodigy (prodigyopt), schedule-free adamw as adamw-schedulefree
+    (schedulefree), and lion, adafactor, came and whatever else pytorch-optimizer knows by its name there; all of these
+    come with: pip install "lorasmith[optimizers]"."""
+    lr: float = Field(default=1e-4, ge=0, le=10)
+    """Learning rate of the UNet. 1e-4 is the usual start for a LoRA with alpha = rank, 1e-5 for kind "full", a third of
+    that for lion; 1 for prodigy and its kin, which find their own, and which take it if no rate is given."""
+    text_encoder_lr: float = Field(default=5e-5, ge=0, le=10)
     """Learning rate of the text encoders; they overfit sooner, so half of the UNet's or less. 5e-6 for kind "full"."""
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """Shape of the learning rate after the warm-up. Cosine ends near zero, which steadies the last checkpoints."""
+    token_lr: float = Field(default=1e-3, gt=0, le=10)
+    """Learning rate of new tokens, where adapter.new_tokens asks for some."""
+    loraplus_ratio: float = Field(default=1.0, ge=1, le=64)
+    """LoRA+ (Hayou et al. 2024): the up matrices learn so many times faster than the down ones. 16 is the paper's
+    value; 1: equally fast."""
+    schedule: Schedule = "cosine"
+    """Shape of the learning rate after the warm-up. Cosine ends near zero, which steadies the last checkpoints. wsd
+    stays and falls at the end, so that a run can be prolonged well; rex falls late (Chen et al. 2021)."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from zero."""
+    schedule_cycles: int = Field(default=3, ge=1, le=1000)
+    """With cosine-restarts: how often it falls."""
+    schedule_power: float = Field(default=2.0, gt=0, le=100)
+    """With polynomial: the exponent."""
+    schedule_decay: float = Field(default=0.2, gt=0, le=1)
+    """With wsd: the share of the steps at the end over which it falls."""
+    schedule_floor: float = Field(default=0.0, ge=0, lt=1)
+    """Where a falling schedule ends, as a share of the learning rate."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Memory of gradients. Not given: what the optimizer's authors chose, 0.9 for adamw."""
     beta2: float = Field(default=0.999, gt=0, lt=1)
-    """AdamW's memory of squared gradients. 0.999 looks back over about 1000 steps; 0.99 suits short, rough runs."""
+    """Memory of squared gradients. Not given: what the optimizer's authors chose; adamw's 0.999 looks back over about
+    1000 steps, and 0.99 suits short, rough runs."""
     weight_decay: float = Field(default=0.01, ge=0, le=10)
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     max_grad_norm: float = Field(default=1.0, ge=0, le=1e6)
     """Gradients whose norm over all trained weights is larger are scaled down to it. 0: no clipping."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Previews, checkpoints and the file hold a running average of what is trained, with this decay: 0.99 looks back
+    over about 100 steps. 0: none."""
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Further arguments of the optimizer by its package's names, as in { d_coef = 0.8 }. An unknown one is an error."""
+
+    @field_validator("options", mode="plain")  # in place of pydantic's own, which reports a problem for each of four
+    @classmethod
+    def plain_values_by_name(cls, options: Any) -> dict[str, bool | int | float | str]:
+        if not isinstance(options, dict):
+            raise ValueError("must be a table of names and values, as in { d_coef = 0.8 }")
+        for name, value in options.items():
+            if type(value) not in (bool, int, float, str) or (type(value) is float and not math.isfinite(value)):
+                raise ValueError(f"must be true or false, finite numbers or texts, and {name} is {value!r}")
+        return options
 
 
 class ObjectiveSection(Section):
@@ -185,10 +287,41 @@ class ObjectiveSection(Section):
 
     prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
     """What the UNet predicts. auto: what the base's scheduler says; change it only when that is known to be wrong."""
-    min_snr_gamma: float = Field(default=5.0, ge=0, le=1000)
-    """Min-SNR weighting (Hang et al. 2023) evens out the time-steps. 5 is the paper's value. 0: off."""
+    zero_terminal_snr: Literal["auto", "on", "off"] = "auto"
+    """Whether the last time-step is pure noise (Lin et al. 2024), as v-prediction SDXL models have it. auto: as the
+    base."""
+    weighting: Weighting = "min-snr"
+    """How the time-steps are weighed. min-snr evens them out (Hang et al. 2023), soft-min-snr without an edge (Crowson
+    et al. 2024), debiased by the root of the noise (Yu et al. 2023); none: as they are."""
+    min_snr_gamma: float = Field(default=5.0, gt=0, le=1000)
+    """Of min-snr and soft-min-snr: the signal-to-noise ratio from which on weights fall. 5 is the paper's value."""
+    loss: Loss = "mse"
+    """mse: squares of the errors. l1: their sizes. huber: squares of small and sizes of large errors (pseudo-Huber,
+    Charbonnier 1997), so that odd images count less."""
+    huber_c: float = Field(default=0.1, ge=1e-4, le=100)
+    """With huber: errors far below it count as squares, far above it by their size."""
+    huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
+    """With huber: whether huber_c falls towards noise (exponential, or by the signal-to-noise ratio), as sd-scripts has
+    it; there squares would blur less."""
     noise_offset: float = Field(default=0.0, ge=0, le=1)
     """A constant added to each channel of the noise lets the model learn darker and lighter pictures. 0.05 is mild."""
+    multires_noise_iterations: int = Field(default=0, ge=0, le=16)
+    """Noise of so many coarser sizes is added (Whitaker 2023), for larger contrasts of areas. 6 is usual; 0: none."""
+    multires_noise_discount: float = Field(default=0.3, gt=0, le=1)
+    """How much weaker each coarser size is. 0.3 for short runs, 0.8 for long ones."""
+    input_perturbation: float = Field(default=0.0, ge=0, le=1)
+    """Extra noise in what the model sees and is not asked for (Ning et al. 2023), against its own errors in drawing.
+    0.1 is the paper's value."""
+    min_timestep: int = Field(default=0, ge=0, le=999)
+    """The first time-step that is trained; low ones hold details."""
+    max_timestep: int = Field(default=999, ge=0, le=999)
+    """The last one; high ones hold composition and colour."""
+    timesteps: Literal["uniform", "logit-normal"] = "uniform"
+    """How time-steps are drawn. logit-normal: those in the middle more often (Esser et al. 2024)."""
+    timestep_mean: float = Field(default=0.0, ge=-5, le=5)
+    """With logit-normal: above 0 more noise, below 0 less."""
+    timestep_std: float = Field(default=1.0, gt=0, le=5)
+    """With logit-normal: how wide it is."""
 
 
 class SaveSection(Section):
@@ -233,6 +366,9 @@ class RuntimeSection(Section):
     """Attention kernels. auto: PyTorch's own (sdpa). xformers needs an NVIDIA GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    vae_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the VAE. fp32 is exact; below it encoding is faster, and an image that overflows is encoded anew in
+    fp32."""
     cache: str = ""
     """Folder of latents and text embeddings. Empty: the user's cache folder."""
 
@@ -246,16 +382,24 @@ class RunConfig(Section):
     """Seed of everything random: adapter, order, noise, time-steps, caption dropout."""
     runs: str = "runs"
     """The folder that holds run folders. A relative path counts from the folder where the command is run."""
+    recipe: str = ""
+    """The shipped recipe whose values stand for all that the file leaves out. Empty: the defaults do."""
     base: BaseSection = Field(default_factory=BaseSection)
     data: list[DataSection] = Field(min_length=1)
     buckets: BucketsSection = Field(default_factory=BucketsSection)
     adapter: AdapterSection = Field(default_factory=AdapterSection)
+    block: list[BlockSection] = Field(default_factory=list)
     budget: BudgetSection = Field(default_factory=BudgetSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
     save: SaveSection = Field(default_factory=SaveSection)
     sample: SampleSection = Field(default_factory=SampleSection)
     runtime: RuntimeSection = Field(default_factory=RuntimeSection)
+
+    @property
+    def trigger(self) -> str:
+        """The word that calls the style; of several, the first."""
+        return next((data.trigger for data in self.data if data.trigger and not data.regularization), "")
 
     @field_validator("name")
     @classmethod
@@ -268,117 +412,33 @@ class RunConfig(Section):
             raise ValueError(f"must be at most {_LONGEST_NAME} bytes long, and these letters are {len(name.encode())}")
         return name
 
+    @field_validator("recipe")
+    @classmethod
+    def a_shipped_recipe(cls, recipe: str) -> str:
+        if recipe and recipe not in recipe_names():
+            raise ValueError(f"there is no such recipe; shipped are {', '.join(recipe_names())}")
+        return recipe
+
     @model_validator(mode="after")
     def nothing_without_effect(self) -> RunConfig:
-        self._switch_off_rates()
-        problems = [
-            *self._idle_rates(),
-            *self._idle_of_kind(),
-            *self._idle_targets(),
-            *self._idle_previews(),
-            *self._idle_of_data(),
-        ]
-        if problems:
+        self._rates_that_were_not_given()
+        if problems := list(problems_of(self)):
             raise ValueError(NESTED_PROBLEMS, problems)
         return self
 
-    def _switch_off_rates(self) -> None:
-        """A rate that was not given, of a part that is not trained, is 0."""
+    def _rates_that_were_not_given(self) -> None:
+        """Of a part that is not trained, 0; of an optimizer that finds its own, 1."""
         for part, key in RATES.items():
-            if not getattr(self.adapter, part) and key not in self.optimizer.model_fields_set:
-                setattr(self.optimizer, key, 0.0)
-
-    def _idle_rates(self) -> Iterator[Problem]:
-        adapter, optimizer = self.adapter, self.optimizer
-        if not (adapter.unet or adapter.text_encoder):
-            yield Problem(
-                "adapter.unet", "nothing is trained: adapter.text_encoder is off as well", "Set one of the two to true."
-            )
-        for part, key in RATES.items():
-            trained = getattr(adapter, part)
-            if trained and getattr(optimizer, key) == 0:
-                yield Problem(
-                    f"optimizer.{key}",
-                    f"is 0, so adapter.{part} would be trained without changing",
-                    f"Give a rate above 0, or set adapter.{part} = false.",
-                )
-            elif not trained and getattr(optimizer, key) > 0:
-                yield Problem(
-                    f"optimizer.{key}",
-                    f"has no effect, because adapter.{part} is false",
-                    f"Remove it (or set it to 0), or set adapter.{part} = true.",
-                )
-
-    def _idle_of_kind(self) -> Iterator[Problem]:
-        """What belongs to the other kind. A complete file spells out the defaults as well, so these may stand."""
-        kind = self.adapter.kind
-        for key in OF_LORA if kind == "full" else OF_FULL:
-            if getattr(self.adapter, key) != AdapterSection.model_fields[key].get_default(call_default_factory=True):
-                other = "lora" if kind == "full" else "full"
-                yield Problem(
-                    f"adapter.{key}",
-                    f'has no effect, because adapter.kind is "{kind}"',
-                    f'Remove it, or set adapter.kind = "{other}".',
-                )
-
-    def _idle_targets(self) -> Iterator[Problem]:
-        """Text encoders have no convolutions."""
-        adapter = self.adapter
-        if adapter.targets == "attention+ff+conv" and adapter.text_encoder and not adapter.unet:
-            yield Problem(
-                "adapter.targets",
-                'is the same as "attention+ff", because adapter.unet is false',
-                'Set adapter.targets = "attention+ff", or adapter.unet = true.',
-            )
-
-    def _idle_previews(self) -> Iterator[Problem]:
-        """A complete file spells out the defaults as well, so these may stand."""
-        for key in OF_PREVIEWS if self.sample.every == 0 else ():
-            default = SampleSection.model_fields[key].get_default(call_default_factory=True)
-            if getattr(self.sample, key) != default:
-                yield Problem(
-                    f"sample.{key}",
-                    "has no effect, because sample.every is 0",
-                    "Remove it, or set sample.every above 0.",
-                )
-
-    def _idle_of_data(self) -> Iterator[Problem]:
-        """Settings of a set of images that wait for another one. A complete file spells out the defaults as well."""
-        for number, data in enumerate(self.data):
-            for key, (switches, fix) in OF_SWITCHES.items():
-                field = DataSection.model_fields
-                is_set = getattr(data, key) != field[key].default
-                if is_set and not any(getattr(data, switch) != field[switch].default for switch in switches):
-                    named = " and ".join(f"data.{switch}" for switch in switches)
-                    without = f"has no effect, because {named} {'is' if len(switches) == 1 else 'are'} not set"
-                    yield Problem(f"data.{number}.{key}", without, f"Remove it, or set {fix}.")
-            if data.mask == "none" and data.unmasked_weight:
-                what = 'has no effect, because data.mask is "none"'
-                yield Problem(f"data.{number}.unmasked_weight", what, "Remove it.")
-        if all(data.regularization for data in self.data):
-            what = "all images are regularization images, so no style would be learned"
-            yield Problem("data.0.regularization", what, "Add a [[data]] table with the images of the style.")
+            if key not in self.optimizer.model_fields_set:
+                if not getattr(self.adapter, part):
+                    setattr(self.optimizer, key, 0.0)
+                elif self.optimizer.kind.lower() in RATE_FREE:
+                    setattr(self.optimizer, key, 1.0)
 
 
-_TAGS, _DRAWN = ("shuffle_caption", "caption_tag_dropout"), ("crop", "crop_jitter", "colour_jitter")
-OF_SWITCHES = {
-    "prior_loss_weight": (("regularization",), "data.regularization = true"),
-    "caption_separator": (_TAGS, "data.shuffle_caption = true"),
-    "keep_tokens": (_TAGS, "data.shuffle_caption = true"),
-    "keep_tokens_separator": (_TAGS, "data.shuffle_caption = true"),
-    "caption_variants": ((*_TAGS, "wildcards"), "data.shuffle_caption = true"),
-    "augmentations": (_DRAWN, 'data.crop = "random"'),
-}
-"""Settings of a `[[data]]` table by those of which one at least must be set for them to have an effect."""
 RATES = {"unet": "lr", "text_encoder": "text_encoder_lr"}  # what can be trained, and its learning rate
-OF_LORA, OF_FULL = ("rank", "alpha", "targets"), ("train_only",)
-OF_PREVIEWS = ("prompts",)  # the other settings of the section serve `lorasmith sample` as well
-NEEDS = {
-    "sample.every": [f"sample.{key}" for key in OF_PREVIEWS],
-    **{f"adapter.{part}": [f"optimizer.{rate}"] for part, rate in RATES.items()},
-}
-"""Settings by the switch without which they have no effect."""
-NESTED_PROBLEMS = "several settings have no effect"
+RATE_FREE = ("prodigy", "dadaptadagrad", "dadaptadam", "dadaptadan", "dadaptlion", "dadaptsgd")
+"""Optimizers that find their own learning rate; what is given multiplies it."""
 _WINDOWS_DEVICE = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9¹²³]", re.IGNORECASE)
 _LONGEST_NAME = 200  # bytes; most disks take 255, and a file adds its suffix and a temporary name to the run's
 

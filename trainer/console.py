@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .config import AdapterSection
+from .config import AdapterSection, RunConfig
+from .configfile import Origin
 from .events import Checkpointed, Done, Event, Phase, PlanMade, Sampled, Step, Stopped, Warned
 from .plan import Plan
 
@@ -21,6 +23,7 @@ err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 _ALL_IMAGES_LISTED_UP_TO = 40
 _CAPTIONS_SHOWN = 5
+_LONGEST_SHOWN = 60  # characters of a setting's value
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -96,9 +99,15 @@ class Reporter:
 def trained_sentence(parts: list[dict[str, Any]]) -> str:
     """What is trained, one line a part."""
     return "\n".join(
-        f"training {p['name']}: {p['modules']} modules, {p['parameters']:,} parameters, learning rate {p['lr']:g}"
-        for p in parts
+        f"training {part['name']}: {part['modules']} modules, {part['parameters']:,} parameters, {_rate(part)}"
+        for part in parts
     )
+
+
+def _rate(part: dict[str, Any]) -> str:
+    """`learning rate 0.0001 x alpha/rank = 5e-05`: adapters of other scales learn at other speeds."""
+    rate, effective = f"learning rate {part['lr']:g}", [f"{rate:.3g}" for rate in dict.fromkeys(part["effective_lr"])]
+    return f"{rate} x alpha/rank = {' to '.join(effective)}" if effective else rate
 
 
 def length_sentence(plan: Plan) -> str:
@@ -113,9 +122,13 @@ def length_sentence(plan: Plan) -> str:
 def what_is_trained(adapter: AdapterSection) -> str:
     """The kind of training in a line."""
     parts = " and ".join(name for name in ("unet", "text_encoder") if getattr(adapter, name))
+    only = f", only {', '.join(adapter.train_only)}" if adapter.train_only else ""
     if adapter.kind == "full":
-        return f"full: weights of {parts}" + (f", only {', '.join(adapter.train_only)}" if adapter.train_only else "")
-    return f"adapter: {adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha:g}, {adapter.targets}, on {parts}"
+        return f"full: weights of {parts}{only}"
+    size = f"rank {adapter.rank}, alpha {adapter.alpha:g}"
+    if adapter.kind in ("oft", "boft"):
+        size = f"blocks of {adapter.block_size}"
+    return f"adapter: {adapter.kind}, {size}, {adapter.targets}, on {parts}{only}"
 
 
 def print_plan(plan: Plan) -> None:
@@ -136,8 +149,43 @@ def print_plan(plan: Plan) -> None:
     out.print(f"buckets: {buckets}")
     out.print(f"length: {length_sentence(plan)}")
     out.print(what_is_trained(config.adapter), markup=False)
+    _print_parts(facts["trained"])
     for warning in plan.warnings():
         out.print(f"[yellow]warning:[/] {escape(warning)}")
+
+
+def _print_parts(parts: list[dict[str, Any]]) -> None:
+    """What is trained, with the parameters of each block."""
+    for part in parts:
+        out.print(f"  {trained_sentence([part])}", markup=False)
+        sizes = ", ".join(f"{block.partition('.')[2]} {size:,}" for block, size in part["blocks"].items())
+        if sizes:
+            out.print(f"    {sizes}", markup=False)
+
+
+def print_origins(config: RunConfig, origins: Mapping[str, Origin]) -> None:
+    """Where the settings come from that are not defaults."""
+    for origin in ("recipe", "file", "--set", "rule"):
+        mine = [dotted for dotted, own in origins.items() if own == origin and dotted != "recipe"]
+        named = [f"{dotted} = {_shown(_value_of(config, dotted))}" for dotted in mine]
+        if named:
+            out.print(f"from {_ORIGINS[origin]}: {', '.join(named)}", markup=False)
+    out.print("all other settings are defaults")
+
+
+_ORIGINS = {"recipe": "the recipe", "file": "the file", "--set": "--set", "rule": "what else is set"}
+
+
+def _value_of(config: RunConfig, dotted: str) -> Any:
+    value: Any = config
+    for key in dotted.split("."):
+        value = value[int(key)] if isinstance(value, list) else getattr(value, key)
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _and_more(captions: tuple[str, ...]) -> str:

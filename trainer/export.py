@@ -1,6 +1,6 @@
-"""The file to share: the adapter's weights under names that every client reads, written, read back and compared.
+"""The file to share: the adapter's weights under names that clients read, written, read back and compared.
 
-The weights are taken from the live PEFT layers, with the scale they really apply. An export is done only when the file
+The weights are taken from the live PEFT layers, with the scale they really apply, or from plain LoRAs baked of them. An export is done only when the file
 on disk was loaded into a fresh pipeline and found to be the same as the trained model (`verify`).
 """
 
@@ -12,25 +12,36 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapter import ADAPTER, LoraModule, lora_modules
+from .adapter import ADAPTER, scale_of, tuner_layers
+from .delta import Changes, Delta, refactored
 from .errors import ExportError, Problem, UserError
 from .files import atomic_file
-from .keys import Format, base_name, component_of
-from .lorafile import LEAVES, Hashes, LoraFile
+from .keys import ALPHA, Format, base_name, component_of, leaf_of
+from .lorafile import Hashes, LoraFile
 from .metadata import Facts, Shape, build
 from .models import Base
-from .verify import Verification, verify
+from .verify import (
+    WEIGHT_TOLERANCE,
+    Verification,
+    is_still,
+    live_changes,
+    plain_difference,
+    plain_size,
+    tensor_names,
+    verify,
+)
 
 Precision = Literal["fp16", "fp32", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
-_SMALL = 2.0**-8  # fp16 is exact to 11 bits down to 2**-14; smaller matrices than this share their size with the other
+_SMALL = 2.0**-8  # fp16 is exact to 11 bits down to 2**-14; smaller matrices than this share their size with another
 
 
 @dataclass(frozen=True)
@@ -55,31 +66,47 @@ def export(
     load_fresh: Callable[[], Base],
     format: Format = "kohya",
     precision: Precision = "fp16",
+    changes: Changes | None = None,
 ) -> Exported:
     """Write a file and verify it; only then it takes its name, and the place of an earlier one.
 
-    `load_fresh` gives the same base without an adapter, in the precision and on the device of `base`.
+    `load_fresh` gives the same base without an adapter, in the precision and on the device of `base`. In place of what
+    the live adapters change, `changes` may be written, and the file is then compared with them.
 
     Raises:
         ExportError: if what is on disk is not the same as the live model.
     """
     unverified = path.with_name(f"{path.stem}.unverified.safetensors")
-    exported = write(base, unverified, format, facts, precision)
-    verification = verify(unverified, base, load_fresh)
+    exported = write(base, unverified, format, facts, precision, changes)
+    verification = verify(unverified, base, load_fresh, changes)
     unverified.replace(path)
     return dataclasses.replace(exported, path=path, verification=verification)
 
 
-def write(base: Base, path: Path, format: Format, facts: Facts, precision: Precision = "fp16") -> Exported:
+def write(
+    base: Base,
+    path: Path,
+    format: Format,
+    facts: Facts,
+    precision: Precision = "fp16",
+    changes: Changes | None = None,
+) -> Exported:
     """Write the `.safetensors` file with its metadata, whole or not at all; it is not compared yet.
 
     Raises:
         ExportError: if the adapter cannot be written as it is.
     """
+    written = castable(base, changes, format, DTYPES[precision])
+    weights = tensors(base, written, format)
+    return save(path, weights, build(facts, base.info, shape_of(base, written), weights), format, precision)
+
+
+def save(
+    path: Path, weights: dict[str, Tensor], header: dict[str, str], format: Format, precision: Precision
+) -> Exported:
+    """Write tensors and header, whole or not at all."""
     if path.suffix != ".safetensors":
         raise UserError("does not end in .safetensors", str(path), "Clients go by the ending: add it.")
-    weights = tensors(base, format, DTYPES[precision])
-    header = build(facts, base.info, _shape(weights, format), weights)
     with atomic_file(path) as temporary:
         save_file(weights, temporary, header)
     return Exported(
@@ -96,90 +123,153 @@ def write(base: Base, path: Path, format: Format, facts: Facts, precision: Preci
 # tensors
 
 
-def tensors(base: Base, format: Format, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors of the file, on the CPU and contiguous, from the live layers.
+def tensors(base: Base, written: Changes, format: Format) -> dict[str, Tensor]:
+    """All tensors of the file by their keys: those of each change, and in kohya's format `alpha` () in fp32."""
+    family, per_block = base.info.family, int(base.unet.config["layers_per_block"])
+    weights: dict[str, Tensor] = {}
+    for component, changes in written.items():
+        for delta in changes:
+            name = base_name(family, component, delta.name, format, per_block)
+            own = dict(delta.tensors) | {ALPHA: torch.tensor(delta.alpha, dtype=torch.float32)}
+            if (
+                format == "diffusers" and "dora_scale" in own
+            ):  # in PEFT's shape: (out,), of a convolution (1, out, 1, 1)
+                lengths = own["dora_scale"]
+                own["dora_scale"] = lengths.flatten() if lengths.dim() == 2 else lengths.transpose(0, 1).contiguous()
+            weights |= {name + leaf_of(leaf, format): own[leaf] for leaf in tensor_names(delta, format)}
+    return weights
 
-    kohya: `lora_down.weight` (rank, in[, kh, kw]), `lora_up.weight` (out, rank[, 1, 1]) and `alpha` () in fp32, the
-    same alpha in all layers of a component. diffusers: `lora_A.weight` and `lora_B.weight` of the same shapes, and no
-    alpha: the scale alpha / rank is part of `lora_B`.
+
+def castable(base: Base, changes: Changes | None, format: Format, dtype: torch.dtype) -> dict[str, list[Delta]]:
+    """The changes as they are written, on the CPU and contiguous; without `changes` those of the live layers.
+
+    A plain LoRA or DoRA has the same alpha in all layers of a component, because diffusers applies one to all its
+    attention layers; for diffusers' own format, which has none, it is the rank. Differences go into `up`.
 
     Raises:
         ExportError: if a layer cannot be written, holds NaN or infinity, or a whole component has no effect.
     """
-    weights: dict[str, Tensor] = {}
-    family, per_block = base.info.family, int(base.unet.config["layers_per_block"])
-    down_leaf, up_leaf, *alpha_leaf = LEAVES[format]
-    for component, module in base.components.items():
-        layers = list(lora_modules(module))
-        _require(_unfit(component, module))
-        alpha = common_alpha(layers)
-        for lora in layers:
-            name = base_name(family, component, lora.name, format, per_block)
-            down, up = _cast(lora, alpha if alpha_leaf else lora.rank, dtype)
-            weights |= {name + down_leaf: down, name + up_leaf: up}
-            weights |= {name + leaf: torch.tensor(alpha, dtype=torch.float32) for leaf in alpha_leaf}
-        _require(_broken(component, layers, weights, up_leaf))
-    if not weights:
+    if changes is None:
+        for component, module in base.components.items():
+            _require(_unfit(component, module))
+        changes = live_changes(base)
+    _require(_unread_by_diffusers(changes) if format == "diffusers" else iter(()))
+    written: dict[str, list[Delta]] = {}
+    for component, deltas in changes.items():
+        alpha = common_alpha(deltas)
+        cast = [_cast(delta, alpha if format == "kohya" else float(delta.rank), dtype) for delta in deltas]
+        _require(_broken(component, cast))
+        if cast:
+            written[component] = cast
+    if not written:
         raise ExportError("the model carries no adapter", "export", "Train one, or load the run's checkpoint first.")
-    return weights
+    return written
 
 
-def common_alpha(layers: Sequence[LoraModule]) -> float:
-    """The alpha most layers of a component have, as fp32 holds it.
-
-    diffusers applies one alpha to all attention layers of a component, so that the others' differences go into `up`.
-    """
-    counts = Counter(float(torch.tensor(lora.alpha, dtype=torch.float32)) for lora in layers)
+def common_alpha(layers: Sequence[Delta]) -> float:
+    """The alpha most layers of a component have, as fp32 holds it."""
+    counts = Counter(float(torch.tensor(delta.alpha, dtype=torch.float32)) for delta in layers)
     return counts.most_common(1)[0][0] if counts else 0.0
 
 
-def _cast(lora: LoraModule, alpha: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(down, up) whose product at `alpha` is the layer's own.
+def _cast(delta: Delta, alpha: float, dtype: torch.dtype) -> Delta:
+    """The same change in another precision; a LoRA or DoRA with this alpha, all others with their own.
+
+    The lengths of a DoRA stay fp32: next to them its change is so small that half precision would lose it. So does a
+    full change that is too small for fp16, because no other factor can take a part of its size.
+    """
+    exact = {leaf: tensor.float().cpu() for leaf, tensor in delta.tensors.items()}
+    lengths = {leaf: exact.pop(leaf).contiguous() for leaf in ("dora_scale",) if leaf in exact}
+    if "lora_up.weight" not in exact:
+        alpha = delta.alpha
+    elif (fold := float(torch.tensor(delta.alpha / alpha, dtype=torch.float32))) != 1:
+        exact["lora_up.weight"] = exact["lora_up.weight"] * fold
+    cast = _rounded(exact, dtype)
+    if delta.is_plain and _lost_in_cast(exact, cast) > WEIGHT_TOLERANCE[dtype] / 2:
+        down, up = refactored(exact["lora_down.weight"], exact["lora_up.weight"])
+        cast = _rounded({"lora_down.weight": down, "lora_up.weight": up}, dtype)
+    if "diff" in exact and _drowns(exact["diff"], cast["diff"], WEIGHT_TOLERANCE[dtype] / 2):
+        cast = {"diff": exact["diff"].contiguous()}
+    return Delta(delta.name, cast | lengths, alpha)
+
+
+def _rounded(factors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The factors of a product in another precision.
 
     A young adapter's `up` is so small that fp16 would keep few of its bits; a power of two, which is exact, is then
-    moved from `down` to `up` until both have about the same size.
+    moved from the largest factor to the smallest until both have about the same size.
     """
-    down = lora.down.float().cpu()
-    up = lora.up.float().cpu()
-    if (fold := float(torch.tensor(lora.alpha / alpha, dtype=torch.float32))) != 1:
-        up = up * fold
-    large, small = float(down.abs().max()), float(up.abs().max())
-    if dtype == torch.float16 and 0 < small < min(_SMALL, large) and math.isfinite(large):
-        share = 2.0 ** math.floor(math.log2(large / small) / 2)
-        down, up = down / share, up * share
-    return down.to(dtype).contiguous().clone(), up.to(dtype).contiguous().clone()
+    sizes = {leaf: float(tensor.abs().max()) for leaf, tensor in factors.items()}
+    small, large = min(sizes, key=lambda leaf: sizes[leaf]), max(sizes, key=lambda leaf: sizes[leaf])
+    if dtype == torch.float16 and 0 < sizes[small] < min(_SMALL, sizes[large]) and math.isfinite(sizes[large]):
+        share = 2.0 ** math.floor(math.log2(sizes[large] / sizes[small]) / 2)
+        factors = factors | {large: factors[large] / share, small: factors[small] * share}
+    return {leaf: tensor.to(dtype).contiguous().clone() for leaf, tensor in factors.items()}
+
+
+def _lost_in_cast(exact: dict[str, Tensor], cast: dict[str, Tensor]) -> float:
+    """|cast - exact| / |exact| of a plain LoRA: much where its parts cancel, as those of PiSSA do."""
+    before, after = Delta("", exact, 1.0), Delta("", cast, 1.0)
+    size = plain_size(before)
+    return plain_difference(before, after) / size if size > 0 and math.isfinite(size) else 0.0
+
+
+def _drowns(exact: Tensor, cast: Tensor, share: float) -> bool:
+    """Whether a finite tensor lost more than a share of its norm."""
+    return bool(cast.isfinite().all()) and float((cast.float() - exact).norm()) > share * float(exact.norm())
+
+
+def _unread_by_diffusers(changes: Changes) -> Iterator[Problem]:
+    """What diffusers has no format for."""
+    fix = "Take the kohya format, or bake a plain LoRA, which diffusers reads."
+    for component, deltas in changes.items():
+        forms = {delta.form for delta in deltas}
+        for form in sorted(forms & {"loha", "lokr", "full"}):
+            yield Problem(component, f"diffusers has no format for what is a {form}", fix)
+        if component != "unet" and "dora" in forms:
+            yield Problem(component, "diffusers does not load the lengths (DoRA) of a text encoder", fix)
 
 
 def _unfit(component: str, module: nn.Module) -> Iterator[Problem]:
     """Live layers whose effect the file could not hold."""
-    for name, layer in module.named_modules():
-        if not isinstance(layer, LoraLayer) or ADAPTER not in layer.scaling:
-            continue
-        where, rank = f"{component}.{name}", layer.r[ADAPTER]
-        trained = layer.lora_alpha[ADAPTER] / (math.sqrt(rank) if layer.use_rslora.get(ADAPTER) else rank)
-        if not math.isclose(layer.scaling[ADAPTER], trained, rel_tol=1e-6):
-            strength = layer.scaling[ADAPTER] / trained
-            yield Problem(
-                where, f"acts at strength {strength:g}, not 1", "Leave the `strength` block before you export."
-            )
+    for name, layer in tuner_layers(module):
+        where, scale, trained = f"{component}.{name}", scale_of(layer), _trained_scale(layer)
+        if scale is not None and not math.isclose(scale, trained, rel_tol=1e-6):
+            what = f"acts at strength {scale / trained:g}, not 1"
+            yield Problem(where, what, "Leave the `strength` block before you export.")
         if layer.merged or layer.disable_adapters:
             yield Problem(where, "is merged or switched off", "Unmerge and enable the adapter before you export.")
-        if len(layer.scaling) > 1:
-            yield Problem(where, "carries more than one adapter", "Take the others off before you export.")
-        if layer.lora_variant.get(ADAPTER) or layer.lora_bias.get(ADAPTER):
-            yield Problem(where, "is a variant of LoRA that clients read differently", 'Use adapter.kind = "lora".')
+        if list(layer.active_adapters) != [ADAPTER]:
+            yield Problem(where, "carries another adapter", "Take the others off before you export.")
+        if isinstance(layer, LoraLayer) and (_is_odd_variant(layer) or layer.lora_bias.get(ADAPTER)):
+            fix = 'Use adapter.kind = "lora".'
+            yield Problem(where, "is a variant of LoRA that clients read differently", fix)
 
 
-def _broken(component: str, layers: Sequence[LoraModule], weights: dict[str, Tensor], up: str) -> Iterator[Problem]:
+def _trained_scale(layer: BaseTunerLayer) -> float:
+    """alpha / rank as it was configured, of a layer that has them."""
+    tuner: Any = layer
+    if isinstance(layer, LoraLayer):
+        rank = layer.r[ADAPTER]
+        return layer.lora_alpha[ADAPTER] / (math.sqrt(rank) if layer.use_rslora.get(ADAPTER) else rank)
+    return tuner.alpha[ADAPTER] / tuner.r[ADAPTER] if scale_of(layer) is not None else 1.0
+
+
+def _is_odd_variant(layer: LoraLayer) -> bool:
+    """Any variant but DoRA."""
+    return bool(layer.lora_variant.get(ADAPTER)) and ADAPTER not in layer.lora_magnitude_vector
+
+
+def _broken(component: str, written: Sequence[Delta]) -> Iterator[Problem]:
     """What went wrong in the weights of one component, seen after the cast."""
-    mine = {key: tensor for key, tensor in weights.items() if component_of(key) == component}
-    for key, tensor in mine.items():
-        if not tensor.isfinite().all():
-            kind = (
-                "holds NaN" if tensor.isnan().any() else f"is beyond the range of {tensor.dtype}".replace("torch.", "")
-            )
-            yield Problem(key, kind, "Export an earlier checkpoint; train with a lower learning rate.")
-    if layers and not any(tensor.any() for key, tensor in mine.items() if key.endswith(up)):
+    for delta in written:
+        for leaf, tensor in delta.tensors.items():
+            if not tensor.isfinite().all():
+                beyond = f"is beyond the range of {tensor.dtype}".replace("torch.", "")
+                kind = "holds NaN" if tensor.isnan().any() else beyond
+                fix = "Export an earlier checkpoint; train with a lower learning rate."
+                yield Problem(f"{component}.{delta.name}.{leaf}", kind, fix)
+    if written and all(is_still(delta) for delta in written):
         yield Problem(component, "was trained, but all its changes are zero", "Train longer, or switch this part off.")
 
 
@@ -188,9 +278,18 @@ def _require(problems: Iterator[Problem]) -> None:
         raise ExportError.of(found[:5])
 
 
-def _shape(weights: dict[str, Tensor], format: Format) -> Shape:
-    down, _, *alpha = LEAVES[format]
-    downs = [tensor for key, tensor in weights.items() if key.endswith(down)]
-    ranks = tuple(tensor.shape[0] for tensor in downs)
-    alphas = tuple(float(tensor) for key, tensor in weights.items() if alpha and key.endswith(alpha[0]))
-    return Shape(ranks, alphas or tuple(float(rank) for rank in ranks), any(t.shape[2:].numel() > 1 for t in downs))
+def shape_of(base: Base, written: Changes) -> Shape:
+    """What the header says of rank, alpha and reach."""
+    layers = [(base.components[component], delta) for component, deltas in written.items() for delta in deltas]
+    ranked = [delta for _, delta in layers if delta.rank]
+    return Shape(
+        ranks=tuple(delta.rank for delta in ranked),
+        alphas=tuple(delta.alpha for delta in ranked),
+        convolutions=any(_is_convolution(module.get_submodule(delta.name)) for module, delta in layers),
+        form=layers[0][1].form,
+    )
+
+
+def _is_convolution(layer: Any) -> bool:
+    own = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    return own.weight[0, 0].numel() > 1

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from typing import Any, Literal, cast
@@ -21,24 +21,18 @@ from torch import Tensor, nn
 from ..datasets.buckets import Shot
 from ..datasets.cache import LatentCache, MaskCache, TextCache
 from ..datasets.dataset import Showing, showing
-from .adapter import adapter_state, load_adapter_state, parameter_groups, parts, put_on, strength
+from .adapter import ADAPTER, adapter_state, let_drop, load_adapter_state, strength, tuner_layers
+from .averages import Averages
 from .checkpoint import Checkpoint, TrainState, prune_checkpoints, save_checkpoint
 from .config import Precision, RunConfig
 from .errors import RunError, TrainingError
-from .events import Checkpointed, Event, Phase, PlanMade, Sampled, Step
+from .events import Checkpointed, Event, Phase, PlanMade, Sampled, Step, Warned
+from .fitting import parameter_groups, parts, put_on, read_start
+from .initial import look_at_data
 from .jobs import RunFolder
 from .models import Base, Conditions, Tokens, load_base
-from .noise import (
-    add_noise,
-    derive_seed,
-    min_snr_weight,
-    sample_noise,
-    sample_posterior,
-    sample_timesteps,
-    target_of,
-    weighted_mse,
-)
-from .optim import make_optimizer, schedule_factor, set_learning_rates
+from .noise import Draws, add_noise, derive_seed, draw_batch, image_loss, loss_weight, scheduled_huber_c, target_of
+from .optim import effective_rates, make_optimizer, schedule_factor, set_learning_rates
 from .plan import Plan
 from .sample import Drawing, draw, drawn_like, save_previews
 
@@ -47,6 +41,8 @@ Outcome = Literal["finished", "stopped"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 
 _MOST_SKIPPED = 20
+_LOOKED_AT = 64
+"""Batches, at most, from which an adapter's first directions are taken."""
 DTYPES: dict[MixedPrecision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -84,13 +80,13 @@ class Trainer:
             )
         self.skipped = 0
         emit(Phase("loading the base"))
-        self.base = load_base(plan.base, base_dtype(self.config, precision), self.accelerator.device)
-        put_on(self.base, self.config.adapter, self.config.seed)
-        self.parts = parts(self.base, self.config)
+        vae_dtype = DTYPES[mixed_precision(self.config.runtime.vae_precision)]
+        self.base = load_base(plan.base, base_dtype(self.config, precision), self.accelerator.device, vae_dtype)
+        self.alphas_cumprod: Tensor = self.base.scheduler.alphas_cumprod.float()
         self._fill_caches()
+        self._put_on(afresh=checkpoint is None)
         self._prepare(checkpoint)
         self.drawing = Drawing.of(self.config.sample, plan.base.resolution)
-        self.alphas_cumprod: Tensor = self.base.scheduler.alphas_cumprod.float()
 
     # -- level 1: the run ---------------------------------------------------------------------------------------------
 
@@ -136,14 +132,14 @@ class Trainer:
         started = time.perf_counter()
         step, images = self.state.step, sum(len(batch) for batch in batches)
         optimizer, max_norm = self.config.optimizer, self.config.optimizer.max_grad_norm or math.inf
-        factor = schedule_factor(optimizer.schedule, step, self.plan.steps, optimizer.warmup)
-        rates = set_learning_rates(self.optimizer, self.base_rates, factor)
+        factor = schedule_factor(optimizer, step, self.plan.steps)
+        set_learning_rates(self.optimizer, self.base_rates, factor)
 
         total = loss = norm = torch.zeros((), device=self.accelerator.device)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         for number in range(rank, len(batches), processes):
             with self.accelerator.accumulate(self.denoiser):
-                losses = self.loss(batches[number], derive_seed(self.config.seed, step, number))
+                losses = self.loss(batches[number], step, sum(map(len, batches[:number])))
                 # accelerate takes the mean over accumulated batches and over processes: undo it, and divide by images
                 self.accelerator.backward(losses.sum() * len(batches) / images)
                 total = total + losses.detach().sum()
@@ -153,33 +149,47 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self._watch_skipped_steps()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.averages.update()
 
         self.state.step += 1
         self.state.images += images
-        return loss, norm, rates, time.perf_counter() - started
+        return loss, norm, effective_rates(self.optimizer), time.perf_counter() - started
 
     # -- level 3: the loss of one batch -------------------------------------------------------------------------------
 
-    def loss(self, shots: list[Shot], seed: int) -> Tensor:
-        """The weighted loss of each image of a batch, (batch,)."""
-        shown = [showing(self.plan.examples, shot) for shot in shots]
-        generator = torch.Generator().manual_seed(seed)
-        prediction, objective = self.plan.base.prediction, self.config.objective
-
-        x0 = sample_posterior(*self.latents.read(shown), self.base.scaling_factor, generator)
-        eps = sample_noise(x0, objective.noise_offset, generator)
-        t = sample_timesteps(len(x0), len(self.alphas_cumprod), generator)
-        noisy = add_noise(x0, eps, t, self.alphas_cumprod)
-        target = target_of(prediction, x0, eps, t, self.alphas_cumprod)
-        weight = min_snr_weight(prediction, t, self.alphas_cumprod, objective.min_snr_gamma)
+    def loss(self, shots: list[Shot], step: int, first: int) -> Tensor:
+        """The weighted loss of each image of a batch, (batch,); `first` images of the step stand before it."""
+        shown, drawn = self._drawn(shots, step, first)
+        prediction, objective, alphas_cumprod = self.plan.base.prediction, self.config.objective, self.alphas_cumprod
+        target = target_of(prediction, drawn.x0, drawn.eps, drawn.t, alphas_cumprod)
+        weight = loss_weight(objective.weighting, prediction, drawn.t, alphas_cumprod, objective.min_snr_gamma)
         weight = weight * torch.tensor([one.example.source.loss_weight for one in shown])
-        mask = self.masks.read(shown, x0.shape)
-        text = self._text(drop_captions(shown, generator))
-        sizes = torch.tensor([one.view.sizes for one in shown])
+        huber_c = scheduled_huber_c(objective.huber_schedule, objective.huber_c, drawn.t, alphas_cumprod)
+        mask = self.masks.read(shown, drawn.x0.shape)
 
+        device = self.accelerator.device
+        if self.config.adapter.drops:  # from torch's global generators, which must not depend on what came before
+            torch.manual_seed(derive_seed(self.config.seed, step, first, 1))  # no image draws from this seed
+        predicted = self.denoiser(*self._seen(shown, drawn))
+        mask = None if mask is None else mask.to(device)
+        return weight.to(device) * image_loss(objective.loss, predicted, target.to(device), huber_c.to(device), mask)
+
+    def _drawn(self, shots: list[Shot], step: int, first: int) -> tuple[list[Showing], Draws]:
+        """The images of a batch, and all that is random about them."""
+        shown = [showing(self.plan.examples, shot) for shot in shots]
+        seeds = [derive_seed(self.config.seed, step, first + number) for number in range(len(shots))]
+        mean, std = self.latents.read(shown)
+        objective, total = self.config.objective, len(self.alphas_cumprod)
+        return shown, draw_batch(mean, std, self.base.scaling_factor, objective, total, seeds)
+
+    def _seen(self, shown: list[Showing], drawn: Draws) -> tuple[Tensor, Tensor, Tokens | Conditions, Tensor]:
+        """What the denoiser is given of a batch."""
+        noisy = add_noise(drawn.x0, drawn.shown_eps, drawn.t, self.alphas_cumprod)
+        text = self._text(drop_captions(shown, drawn.caption))
+        sizes = torch.tensor([one.view.sizes for one in shown])
         device, dtype = self.accelerator.device, self.base.dtype
-        predicted = self.denoiser(noisy.to(device, dtype), t.to(device), text, sizes.to(device, torch.float32))
-        return weighted_mse(predicted, target.to(device), weight.to(device), None if mask is None else mask.to(device))
+        return noisy.to(device, dtype), drawn.t.to(device), text, sizes.to(device, torch.float32)
 
     # -- preparation --------------------------------------------------------------------------------------------------
 
@@ -191,12 +201,40 @@ class Trainer:
         with self.accelerator.main_process_first():
             self.latents.fill(self.base, self.plan.examples, self._progress("encoding images"))
             self.masks.fill(self.plan.examples, self._progress("reading masks"))
-            if not self.config.adapter.text_encoder:
+            if not self.config.adapter.trains_text:
                 captions = ["", *(caption for example in self.plan.examples for caption in example.captions)]
                 self.text.fill(self.base, captions, self._progress("encoding captions"))
 
     def _progress(self, name: str) -> Callable[[int, int], None]:
         return lambda done, total: self.emit(Phase(name, done, total))
+
+    def _put_on(self, afresh: bool) -> None:
+        """Put on what is trained; what a checkpoint goes on from need not be looked for again."""
+        config, base = self.config, self.base
+        start = read_start(config.adapter, base) if afresh else {}
+        put_on(base, config.adapter, config.seed, config.block, config.trigger, start)
+        self.parts = parts(base, config)
+        if afresh and config.adapter.init == "eva":
+            self._look_at_data()
+
+    @torch.no_grad()
+    def _look_at_data(self) -> None:
+        self.emit(Phase("looking for the directions of the data"))
+        components = {"unet": self.base.unet} | {
+            f"text_encoders.{number}": encoder for number, encoder in enumerate(self.base.text_encoders.values())
+        }
+        layers = {
+            f"{component}.{name}": layer
+            for component, module in components.items()
+            for name, layer in tuner_layers(module)
+        }
+        shots = islice(self.plan.order.steps(1), _LOOKED_AT)
+        batches = [self._seen(*self._drawn(batch, step, 0)) for step, [batch] in enumerate(shots)]
+        denoiser = Denoiser(self.base, self.config.adapter.trains_text)
+        others = look_at_data(denoiser, layers, batches, lambda model, batch: model(*batch), ADAPTER)
+        if others:
+            what = f"{len(others)} of {len(layers)} layers start as by default: EVA knows no directions of convolutions"
+            self.emit(Warned(f"{what}, and of layers that read fewer vectors in a batch than their rank."))
 
     def _prepare(self, checkpoint: Checkpoint | None) -> None:
         config, base = self.config, self.base
@@ -204,19 +242,20 @@ class Trainer:
             base.unet.enable_xformers_memory_efficient_attention()
         if config.runtime.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
-            for encoder in base.text_encoders.values() if config.adapter.text_encoder else ():
+            for encoder in base.text_encoders.values() if config.adapter.trains_text else ():
                 enable = getattr(encoder, "activation_checkpointing_enable", None)  # its name in newer transformers
                 (enable or encoder.gradient_checkpointing_enable)()
                 encoder.train()
             base.unet.train()  # both libraries recompute only in training mode; neither has dropout here
+        let_drop(base, config.adapter.drops)
 
         groups = parameter_groups(base, config)
         self.fused = self.accelerator.scaler is None
         self.base_rates: list[float] = [group["lr"] for group in groups]
         self.trained = [parameter for group in groups for parameter in group["params"]]
-        self.denoiser, self.optimizer = self.accelerator.prepare(
-            Denoiser(base, config.adapter.text_encoder), make_optimizer(config.optimizer, groups, self.fused)
-        )
+        optimizer = make_optimizer(config.optimizer, groups, self.fused)
+        self.denoiser, self.optimizer = self.accelerator.prepare(Denoiser(base, config.adapter.trains_text), optimizer)
+        self.averages = Averages(optimizer, config.optimizer.ema_decay)
         self.saved_step = checkpoint.state.step if checkpoint else -1
         self.state = TrainState(dataset=self.plan.dataset_fingerprint, base=self.plan.base.identity)
         if checkpoint:
@@ -239,10 +278,13 @@ class Trainer:
                     str(self.run.path),
                     "Put them back as they were, or start a new run.",
                 )
-        load_adapter_state(self.base, checkpoint.adapter)
+        load_adapter_state(self.base, checkpoint.trained or checkpoint.adapter)
         for group in checkpoint.optimizer["optimizer"]["param_groups"]:
-            group["fused"] = self.fused  # runtime.precision may have changed
+            if group.get("fused") is not None:  # AdamW alone is made with it
+                group["fused"] = self.fused  # runtime.precision may have changed
         self.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+        if self.averages:
+            self.averages.load_state_dict(checkpoint.optimizer["averages"])
         if self.accelerator.scaler is not None and "scaler" in checkpoint.optimizer:
             self.accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
         self.state = saved
@@ -251,7 +293,7 @@ class Trainer:
 
     def _text(self, captions: list[str]) -> Tokens | Conditions:
         """Token ids for text encoders that are trained, cached conditions for frozen ones."""
-        if self.config.adapter.text_encoder:
+        if self.config.adapter.trains_text:
             return self.base.tokenize(captions).to(self.accelerator.device)
         return self.text.read(captions).to(self.accelerator.device, self.base.dtype)
 
@@ -306,7 +348,7 @@ class Trainer:
             return
         if self.accelerator.is_main_process:
             self.emit(Phase("drawing previews"))
-            with strength(self.base, 0) if untouched and self.state.step else nullcontext():
+            with self.as_it_is_used(), strength(self.base, 0 if untouched else 1):
                 pictures = draw(self.base, settings.prompts, self.drawing)
             model, lora = self.plan.base.short_name, "" if untouched else f"{self.config.name} step {step}"
             save_previews(self.run.samples(step), pictures, settings.prompts, self.drawing, model, lora)
@@ -319,13 +361,26 @@ class Trainer:
         wanted = [self.drawing.parameters(prompt, number, model) for number, prompt in enumerate(prompts)]
         return drawn_like(self.run.samples(0)) == wanted
 
+    @contextmanager
+    def as_it_is_used(self) -> Iterator[None]:
+        """Within the block the live model is what files hold: averaged, where averages exist, and without dropout."""
+        let_drop(self.base, False)
+        with self.averages.swapped_in():
+            yield
+        let_drop(self.base, self.config.adapter.drops)
+
     def _save(self) -> None:
         if self.accelerator.is_main_process:
             optimizer: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
             if self.accelerator.scaler is not None:
                 optimizer["scaler"] = self.accelerator.scaler.state_dict()
+            trained = {}
+            if self.averages:
+                optimizer["averages"], trained = self.averages.state_dict(), adapter_state(self.base)
+            with self.as_it_is_used():
+                adapter = adapter_state(self.base)
             folder = self.run.checkpoint(self.state.step)
-            save_checkpoint(folder, Checkpoint(self.state, adapter_state(self.base), optimizer))
+            save_checkpoint(folder, Checkpoint(self.state, adapter, optimizer, trained))
             prune_checkpoints(self.run, self.config.save.keep)
             self.emit(Checkpointed(self.state.step, f"checkpoints/{folder.name}"))
         self.saved_step = self.state.step
@@ -347,10 +402,13 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def drop_captions(shown: list[Showing], generator: torch.Generator) -> list[str]:
-    """Captions, some replaced by the empty one: classifier-free guidance needs an unconditional model (Ho 2022)."""
-    draws = torch.rand(len(shown), generator=generator).tolist()
-    return ["" if draw < one.example.caption_dropout else one.caption for one, draw in zip(shown, draws, strict=True)]
+def drop_captions(shown: list[Showing], draws: Tensor) -> list[str]:
+    """Captions, some replaced by the empty one: classifier-free guidance needs an unconditional model (Ho 2022).
+    `draws` (batch,) are uniform numbers below 1."""
+    return [
+        "" if draw < one.example.caption_dropout else one.caption
+        for one, draw in zip(shown, draws.tolist(), strict=True)
+    ]
 
 
 def base_dtype(config: RunConfig, precision: MixedPrecision) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +16,9 @@ from torch import Tensor
 
 from .bases import FamilyName
 from .errors import UserError
-from .keys import Format, component_of
+from .keys import ALPHA, LEAVES, Format, component_of, split_key
 
-# What follows the name of a layer: down, up and, in kohya's format, alpha.
-LEAVES: dict[Format, tuple[str, ...]] = {
-    "kohya": (".lora_down.weight", ".lora_up.weight", ".alpha"),
-    "diffusers": (".lora_A.weight", ".lora_B.weight"),
-}
+_DIFFUSERS_LEAVES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 # Width of the text that cross-attention reads, in the published models.
 _CROSS_ATTENTION: dict[int, FamilyName] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 _TEXT_WIDTH: dict[int, FamilyName] = {768: "sd1", 1024: "sd2"}
@@ -87,22 +84,19 @@ class LoraFile:
     @cached_property
     def format(self) -> Format | None:
         """Whose names the keys are; None if neither's, or a mixture."""
-        for format in LEAVES:
-            if self.shapes and all(self._is(format, key) for key in self.shapes):
-                return format
-        return None
-
-    def _is(self, format: Format, key: str) -> bool:
-        if format == "kohya":
-            return key.startswith("lora_") and component_of(key) is not None and "." in key
-        return component_of(key) is not None and key.endswith(LEAVES["diffusers"])
+        known = bool(self.shapes) and all(component_of(key) for key in self.shapes)
+        if known and all(key.startswith("lora_") and "." in key for key in self.shapes):
+            return "kohya"
+        return "diffusers" if known and all(key.endswith(_DIFFUSERS_LEAVES) for key in self.shapes) else None
 
     @cached_property
-    def modules(self) -> dict[str, tuple[str, str]]:
-        """Layer name to its (down, up) keys."""
-        down, up, *_ = LEAVES[self.format or "kohya"]
-        names = [key.removesuffix(down) for key in self.shapes if key.endswith(down)]
-        return {name: (name + down, name + up) for name in names if name + up in self.shapes}
+    def layers(self) -> dict[str, dict[str, str]]:
+        """Name of a layer to its tensors, by kohya's leaves, to their keys; keys of unknown kinds are left out."""
+        found: dict[str, dict[str, str]] = {}
+        for key in self.shapes:
+            if split := split_key(key):
+                found.setdefault(split[0], {})[split[1]] = key
+        return found
 
     @cached_property
     def hashes(self) -> Hashes:
@@ -129,7 +123,7 @@ def inspect(path: Path) -> dict[str, Any]:
     """
     file = LoraFile.open(path)
     family, because = guess_family(file)
-    known = {key for keys in file.modules.values() for key in keys} | {f"{name}.alpha" for name in file.modules}
+    known = {key for keys in file.layers.values() if keys.keys() - {ALPHA} for key in keys.values()}
     whole = any(key.startswith("model.diffusion_model.") for key in file.shapes)
     return {
         "name": path.name,
@@ -148,18 +142,31 @@ def inspect(path: Path) -> dict[str, Any]:
 def guess_family(file: LoraFile) -> tuple[FamilyName | None, str]:
     """The family a LoRA was made for, and what tells it: names first, then widths, then what the file says."""
     components = {component_of(key) for key in file.shapes}
-    if "text_encoder_2" in components or any(key.startswith("lora_te1_") for key in file.shapes):
+    if "text_encoder_2" in components:
         return "sdxl", "it names two text encoders"
     if any(key.startswith(("lora_unet_input_blocks", "lora_unet_output_blocks")) for key in file.shapes):
         return "sdxl", "its UNet has sgm names"
-    for name, (down, _) in file.modules.items():
-        width = file.shapes[down][1] if len(file.shapes[down]) > 1 else 0
+    for name, keys in file.layers.items():
+        width = _inputs({leaf: file.shapes[key] for leaf, key in keys.items()})
         if name.endswith(("attn2_to_k", "attn2.to_k")) and width in _CROSS_ATTENTION:
             return _CROSS_ATTENTION[width], f"its cross-attention reads text of width {width}"
-        if name.endswith(("self_attn_q_proj", "self_attn.q_proj")) and width in _TEXT_WIDTH:
+        is_text_width = name.endswith(("self_attn_q_proj", "self_attn.q_proj")) and width in _TEXT_WIDTH
+        if is_text_width and not name.startswith("lora_te1_"):
             return _TEXT_WIDTH[width], f"its text encoder has width {width}"
+    if any(key.startswith("lora_te1_") for key in file.shapes):
+        return "sdxl", "it names the first of two text encoders"
     said = _family_said(file.metadata)
     return said, "its metadata says so" if said else "neither names, widths nor metadata tell"
+
+
+def _inputs(shapes: dict[str, tuple[int, ...]]) -> int:
+    """How wide the vectors are that an adapted linear layer reads; 0 if its tensors do not tell."""
+    widths = {leaf: shape[1] for leaf, shape in shapes.items() if len(shape) > 1}
+    for leaf in ("lora_down.weight", "hada_w1_b", "diff"):
+        if leaf in widths:
+            return widths[leaf]
+    factors = [widths.get(f"lokr_w{number}", widths.get(f"lokr_w{number}_b", 0)) for number in (1, 2)]
+    return factors[0] * factors[1]
 
 
 def _family_said(metadata: dict[str, str]) -> FamilyName | None:
@@ -172,22 +179,35 @@ def _family_said(metadata: dict[str, str]) -> FamilyName | None:
 
 
 def _components(file: LoraFile) -> dict[str, dict[str, Any]]:
-    """By component: how many layers, their ranks and alphas, each with its count."""
-    alphas = {
-        key.removesuffix(".alpha"): float(t.flatten()[0]) for key, t in file.tensors(".alpha").items() if t.numel()
-    }
+    """By component: how many layers, their forms, ranks and alphas, each with its count."""
+    alphas = {key: float(t.flatten()[0]) for key, t in file.tensors(f".{ALPHA}").items() if t.numel()}
     found: dict[str, dict[str, Any]] = {}
-    for name, (down, _) in file.modules.items():
+    for name, keys in file.layers.items():
+        if not keys.keys() - {ALPHA}:
+            continue
         entry = found.setdefault(
-            component_of(name) or "unknown", {"modules": 0, "ranks": Counter(), "alphas": Counter()}
+            component_of(name) or "unknown",
+            {"modules": 0, "forms": Counter(), "ranks": Counter(), "alphas": Counter()},
         )
-        rank = file.shapes[down][0] if file.shapes[down] else 0
         entry["modules"] += 1
-        entry["ranks"][str(rank)] += 1
-        entry["alphas"][f"{alphas.get(name, rank):g}"] += 1
-    return {
-        name: entry | {"ranks": dict(entry["ranks"]), "alphas": dict(entry["alphas"])} for name, entry in found.items()
-    }
+        entry["forms"][_form(keys)] += 1
+        if rank := _rank({leaf: file.shapes[key] for leaf, key in keys.items()}):
+            entry["ranks"][str(rank)] += 1
+            entry["alphas"][f"{alphas.get(keys.get(ALPHA, ''), rank):g}"] += 1
+    counters = ("forms", "ranks", "alphas")
+    return {name: entry | {counter: dict(entry[counter]) for counter in counters} for name, entry in found.items()}
+
+
+def _form(keys: Iterable[str]) -> str:
+    """As `Delta.form`, told by the leaves."""
+    return "dora" if "dora_scale" in keys else next(form for form, leaves in LEAVES.items() if set(leaves) & set(keys))
+
+
+def _rank(shapes: dict[str, tuple[int, ...]]) -> int:
+    for leaf in ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
+        if shapes.get(leaf):
+            return shapes[leaf][0]
+    return 0
 
 
 def _readable(value: str) -> Any:

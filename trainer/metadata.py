@@ -12,10 +12,10 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from safetensors.torch import save
@@ -24,6 +24,9 @@ from torch import Tensor
 from . import __version__
 from .bases import BaseInfo, FamilyName
 from .config import RunConfig
+
+if TYPE_CHECKING:
+    from .delta import Form
 
 THUMBNAIL_SIDE = 256
 
@@ -78,6 +81,7 @@ class Facts:
     """Empty: the license of the base."""
     picture: Image.Image | None = None
     """What the style looks like: thumbnail and preview."""
+    baked: BakedFacts | None = None
 
     @property
     def triggers(self) -> list[str]:
@@ -95,14 +99,40 @@ class Shape:
     alphas: tuple[float, ...]
     convolutions: bool
     """Whether 3x3 convolutions are adapted too."""
+    form: Form = "lora"
 
     @property
-    def rank(self) -> str:
-        return str(self.ranks[0]) if len(set(self.ranks)) == 1 else "Dynamic"
+    def rank(self) -> str | None:
+        return _one(self.ranks)
 
     @property
-    def alpha(self) -> str:
-        return str(self.alphas[0]) if len(set(self.alphas)) == 1 else "Dynamic"
+    def alpha(self) -> str | None:
+        return _one(self.alphas)
+
+
+def _one(values: Sequence[float]) -> str | None:
+    """What all layers have; kohya's word if they differ; None if there are none."""
+    different = set(values)
+    return None if not different else str(values[0]) if len(different) == 1 else "Dynamic"
+
+
+# sd-scripts' module for plain LoRAs; what else there is, LyCORIS reads, by the names of its algorithms.
+_NETWORKS: dict[Form, tuple[str, dict[str, str]]] = {
+    "lora": ("networks.lora", {}),
+    "dora": ("lycoris.kohya", {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}),
+    "loha": ("lycoris.kohya", {"algo": "loha"}),
+    "lokr": ("lycoris.kohya", {"algo": "lokr"}),
+    "full": ("lycoris.kohya", {"algo": "full"}),
+}
+
+
+@dataclass(frozen=True)
+class BakedFacts:
+    """What became of changes of other kinds that were written as a plain LoRA."""
+
+    rank: int
+    lost: Mapping[str, float]
+    """|rest| / |change| by component."""
 
 
 def build(facts: Facts, info: BaseInfo, shape: Shape, tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -112,27 +142,37 @@ def build(facts: Facts, info: BaseInfo, shape: Shape, tensors: dict[str, Tensor]
     return kohya | hashes(bare) | modelspec(facts, info, hash_of_tensors(bare))
 
 
+def rewritten(
+    header: Mapping[str, str],
+    name: str,
+    info: BaseInfo,
+    shape: Shape,
+    baked: BakedFacts,
+    tensors: dict[str, Tensor],
+) -> dict[str, str]:
+    """The header of a file that was baked from another: what that one said, but for what its tensors were."""
+    said = {key: value for key, value in header.items() if not key.startswith(_OF_TENSORS)}
+    spec = {key: value for key, value in said.items() if key.startswith("modelspec.")}
+    kohya = _family(info) | {key: value for key, value in said.items() if key not in spec}
+    kohya |= as_text({"ss_output_name": name, **network(shape), **baking(baked)})
+    bare = save(tensors, kohya)
+    spec |= {"modelspec.title": name, "modelspec.hash_sha256": f"0x{hash_of_tensors(bare)}"} if spec else {}
+    return kohya | hashes(bare) | spec
+
+
+_OF_TENSORS = ("ss_network_", "sshs_", "modelspec.hash_", "lora_adapter_metadata", "lorasmith_baked_")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # kohya's keys
 
 
 def training(facts: Facts, info: BaseInfo, shape: Shape) -> dict[str, str]:
     """`ss_*`: A1111 and Forge choose by the first three whether a file is offered at all for a model."""
-    v2 = info.family == "sd2"
-    versions = {
-        "sd1": "sd_v1",
-        "sd2": "sd_v2_v" if info.prediction == "v_prediction" else "sd_v2",
-        "sdxl": "sdxl_base_v1-0",
-    }
     known: dict[str, Any] = {
         "ss_output_name": facts.name,
-        "ss_base_model_version": versions[info.family],
-        "ss_v2": str(v2),
+        **_family(info),
         "ss_sd_model_name": last_part(info.model),
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": shape.rank,
-        "ss_network_alpha": shape.alpha,
-        "ss_network_args": {"conv_dim": shape.rank, "conv_alpha": shape.alpha} if shape.convolutions else None,
         "ss_clip_skip": None if info.family == "sdxl" else _ENCODER_LAYER[info.family],
         "ss_steps": facts.steps,
         "ss_training_started_at": facts.started,
@@ -140,8 +180,41 @@ def training(facts: Facts, info: BaseInfo, shape: Shape) -> dict[str, str]:
         "lorasmith_version": __version__,
         "lorasmith_images_seen": facts.images_seen,
     }
-    known |= _dataset(facts) | (_settings(facts.config, info) if facts.config else {})
-    return {key: _text(value) for key, value in known.items() if value not in (None, {}, [])}
+    known |= (
+        network(shape)
+        | (baking(facts.baked) if facts.baked else {})
+        | _dataset(facts)
+        | (_settings(facts.config, info) if facts.config else {})
+    )
+    return as_text(known)
+
+
+def _family(info: BaseInfo) -> dict[str, str]:
+    versions = {
+        "sd1": "sd_v1",
+        "sd2": "sd_v2_v" if info.prediction == "v_prediction" else "sd_v2",
+        "sdxl": "sdxl_base_v1-0",
+    }
+    return {"ss_base_model_version": versions[info.family], "ss_v2": str(info.family == "sd2")}
+
+
+def network(shape: Shape) -> dict[str, Any]:
+    """What made the tensors, in kohya's words."""
+    module, arguments = _NETWORKS[shape.form]
+    if shape.convolutions and shape.rank:
+        arguments = arguments | {"conv_dim": shape.rank, "conv_alpha": shape.alpha}
+    return {
+        "ss_network_module": module,
+        "ss_network_dim": shape.rank,
+        "ss_network_alpha": shape.alpha,
+        "ss_network_args": arguments,
+    }
+
+
+def baking(baked: BakedFacts) -> dict[str, Any]:
+    """The rank of a baked LoRA, and the share of each component's change that it lacks."""
+    lost = {component: round(share, 6) for component, share in baked.lost.items()}
+    return {"lorasmith_baked_rank": baked.rank, "lorasmith_baked_lost": lost}
 
 
 def _dataset(facts: Facts) -> dict[str, Any]:
@@ -258,11 +331,21 @@ def architecture_of(info: BaseInfo) -> str:
 def usage_hint(facts: Facts, info: BaseInfo) -> str:
     """How to use the file: what the tensors cannot say."""
     hints = [f"Write {', '.join(facts.triggers)} in the prompt."] if facts.triggers else []
+    if embedding := embedding_file(facts):
+        hints.append(f"It needs the embedding {embedding} as well: load that beside it.")
     if info.family != "sdxl":
         hints.append("Use clip skip 1.")
     if info.prediction == "v_prediction":
         hints.append("The base predicts v: choose v-prediction in the client.")
     return " ".join(hints)
+
+
+def embedding_file(facts: Facts) -> str:
+    """The name of the file with the trigger's embeddings, if new tokens were trained; clients take its stem for the
+    word. Empty if there is none."""
+    if facts.config is None or not facts.config.adapter.new_tokens:
+        return ""
+    return re.sub(r"[^\w .-]", "_", facts.config.trigger) + ".safetensors"
 
 
 def license_of(facts: Facts, info: BaseInfo) -> str:
@@ -291,6 +374,11 @@ def unique(names: Iterable[str]) -> list[str]:
         number = sum(other == name or other.startswith(f"{name}_") for other in found)
         found.append(f"{name}_{number + 1}" if name in found else name)
     return found
+
+
+def as_text(known: Mapping[str, Any]) -> dict[str, str]:
+    """What is known, as values of a header."""
+    return {key: _text(value) for key, value in known.items() if value not in (None, {}, [])}
 
 
 def _text(value: Any) -> str:

@@ -5,22 +5,28 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..datasets.buckets import BatchOrder, BucketRules, fit, images_by_step
+from ..datasets.buckets import BatchOrder, BucketRules, Fit, fit, images_by_step
 from ..datasets.captions import CaptionRules, has_wildcard
 from ..datasets.dataset import Example, Source, bucket_counts, dataset_fingerprint, load_examples, tag_frequency
 from ..datasets.sidecars import METADATA
-from ..datasets.unpack import anchored, as_folder, display_name
+from ..datasets.unpack import anchored, as_folder, display_name, local_folder, pinned
 from ..datasets.views import Augmentation
 from ..datasets.workers import Progress
-from .bases import BaseInfo, inspect_base
+from .bases import BaseInfo, anchored_base, inspect_base
+from .clients import FORM_OF, unread_by
 from .config import DataSection, RunConfig
 from .errors import ConfigError, LorasmithError, Problem, UserError, first_line
 from .files import user_cache, writable
+from .optim import warnings_of, with_own_betas
+from .rehearsal import check_optimizer
+
+if TYPE_CHECKING:
+    from .fitting import Part
 
 T = TypeVar("T")
 
@@ -42,6 +48,8 @@ class Plan:
     examples: list[Example]
     prediction_of_base: str
     """What the base's own scheduler says."""
+    parts: list[Part]
+    """What is trained, counted on the shape of the base."""
     processes: int = 1
 
     @cached_property
@@ -88,6 +96,7 @@ class Plan:
             "buckets": {f"{width}x{height}": n for (width, height), n in bucket_counts(self.examples).items()},
             "placed": [_placement(example) for example in self.examples],
             "adapter": {"kind": self.config.adapter.kind, "train_only": self.config.adapter.train_only},
+            "trained": [asdict(part) for part in self.parts],
             "steps": self.steps,
             "images_seen": self.images,
             "shows_per_image": round(self.images / self.shows_per_epoch, 2),
@@ -145,7 +154,8 @@ class Plan:
                 f"{_images(len(uncaptioned))} will be trained with an empty caption: {_names(uncaptioned)}. "
                 "Add captions, or set data.trigger."
             )
-        enlarged = [example for example in self.examples if example.fit.enlargement > _MUCH_ENLARGED]
+        rules = bucket_rules(self.config, self.base)
+        enlarged = [e for e in self.examples if max(f.enlargement for f in _fits(e, rules)) > _MUCH_ENLARGED]
         if enlarged:
             yield f"{_images(len(enlarged))} will be soft, enlarged over {_MUCH_ENLARGED} times: {_names(enlarged)}."
         yield from self._warnings_of_crops()
@@ -163,19 +173,22 @@ class Plan:
             )
         if self.config.adapter.kind == "full":
             yield from self._warnings_of_full()
-        if self.base.prediction != self.prediction_of_base:
+        else:
+            yield from unread_by(FORM_OF[self.config.adapter.kind])
+        yield from warnings_of(self.config)
+        yield from self.base.assumptions
+        if self.base.prediction != self.prediction_of_base and self.base.prediction_stated:
             yield f"objective.prediction is {self.base.prediction}, but the base says {self.prediction_of_base}."
 
     def _warnings_of_crops(self) -> Iterator[str]:
         """Images that lose much of themselves, with the setting that would keep most of them."""
-        most = self.config.buckets.max_crop
-        cropped = [example for example in self.examples if example.fit.cropped_share > most]
+        most, rules = self.config.buckets.max_crop, bucket_rules(self.config, self.base)
+        cropped = [example for example in self.examples if _lost_under(example, rules) > most]
         if not cropped:
             return
         whose = "loses over {:.0%} of its" if len(cropped) == 1 else "lose over {:.0%} of their"
         told = f"{_images(len(cropped))} {whose.format(most)} area to the crop: {_names(cropped)}."
-        rules = bucket_rules(self.config, self.base)
-        now = sum(example.fit.cropped_share for example in cropped)
+        now = sum(_lost_under(example, rules) for example in cropped)
         choices = {
             f"buckets.max_ratio = {_WIDEST:g}": replace(rules, max_ratio=_WIDEST),
             f"buckets.step = {self.base.bucket_step}": replace(rules, step=self.base.bucket_step),
@@ -214,39 +227,71 @@ def make_plan(config: RunConfig, progress: Progress | None = None) -> Plan:
         UserError: with every problem that was found, each with its place and its fix.
     """
     problems: list[Problem] = []
-    base = _collect(problems, lambda: inspect_base(config.base.model))
+    base = _collect(problems, lambda: base_of(config))
     _collect(problems, lambda: check_devices(config))
     _collect(problems, lambda: check_folders(config))
+    _collect(problems, lambda: check_optimizer(config))
     _collect(problems, lambda: check_resolutions(config, base))
     _collect(problems, lambda: check_buckets(config, base))
     sources = [source for data in config.data if (source := _collect(problems, partial(source_of, data, config, base)))]
     rules = bucket_rules(config, base)
     examples = _collect(problems, lambda: load_examples(sources, rules, config.seed, progress))
-    if problems or base is None or examples is None:
+    trained = _collect(problems, lambda: as_trained(base, config) if base else None)
+    parts = _collect(problems, lambda: _foreseen(trained, config) if trained else None)
+    if problems or base is None or trained is None or examples is None or parts is None:
         raise UserError.of(problems)
     return Plan(
-        config=_completed(config, examples),
-        base=as_trained(base, config),
+        config=_completed(config, base, examples),
+        base=trained,
         examples=examples,
         prediction_of_base=base.prediction,
+        parts=parts,
         processes=int(os.environ.get("WORLD_SIZE", "1")),
     )
 
 
+def base_of(config: RunConfig) -> BaseInfo:
+    """The base that a configuration names, as it is found."""
+    return inspect_base(config.base.model, config.base.vae, config.base.merge)
+
+
+def _foreseen(base: BaseInfo, config: RunConfig) -> list[Part]:
+    from .anatomy import foreseen_parts  # brings torch, which the browser app's start must not wait for
+
+    return foreseen_parts(base, config)
+
+
 def as_trained(base: BaseInfo, config: RunConfig) -> BaseInfo:
-    """The base with the prediction type that was asked for."""
-    chosen = config.objective.prediction
-    return base if chosen == "auto" else replace(base, prediction=chosen)
+    """The base with the prediction type and the end of the noise that were asked for.
+
+    Raises:
+        ConfigError: if noise would end in zero SNR where the UNet predicts epsilon: pure noise is all it would see.
+    """
+    asked = config.objective
+    prediction = base.prediction if asked.prediction == "auto" else asked.prediction
+    zero = base.zero_terminal_snr if asked.zero_terminal_snr == "auto" else asked.zero_terminal_snr == "on"
+    if zero and prediction == "epsilon":
+        what = "the noise ends in zero SNR, from which a UNet that predicts epsilon cannot learn"
+        fix = 'Set objective.zero_terminal_snr = "off", or objective.prediction = "v_prediction".'
+        raise ConfigError(what, "objective.zero_terminal_snr", fix)
+    settled = [f"objective.{key} =" for key in ("prediction", "zero_terminal_snr") if getattr(asked, key) != "auto"]
+    assumptions = tuple(told for told in base.assumptions if not any(setting in told for setting in settled))
+    return replace(base, prediction=prediction, zero_terminal_snr=zero, assumptions=assumptions)
 
 
-def _completed(config: RunConfig, examples: list[Example]) -> RunConfig:
-    """The configuration with absolute paths and preview prompts, so that it means the same from anywhere."""
+def _completed(config: RunConfig, base: BaseInfo, examples: list[Example]) -> RunConfig:
+    """The configuration with absolute paths and preview prompts, so that it means the same from anywhere and later on:
+    what a recipe or a name on the Hub stands for may change."""
     config = config.model_copy(deep=True)
     config.runs = str(Path(config.runs).expanduser().absolute())
+    config.recipe = ""
+    config.optimizer = with_own_betas(config.optimizer)
     for data in config.data:
-        data.path = anchored(data.path, Path.cwd())
-    if Path(config.base.model).expanduser().is_dir():
-        config.base.model = str(Path(config.base.model).expanduser().absolute())
+        data.path = pinned(anchored(data.path, Path.cwd()), cache_of(config))
+    config.base.model, config.base.vae = anchored_base(config.base.model), anchored_base(config.base.vae)
+    config.base.merge = [f"{file}:{strength:g}" for file, strength in base.merges]
+    if config.adapter.start_from:
+        config.adapter.start_from = str(Path(config.adapter.start_from).expanduser().absolute())
     if config.runtime.cache:
         config.runtime.cache = str(Path(config.runtime.cache).expanduser().absolute())
     if config.sample.every and not config.sample.prompts:
@@ -313,7 +358,8 @@ def check_folders(config: RunConfig) -> None:
         raise ConfigError(reason, "runtime.cache", "Set it to a folder you may write to.")
     for setting, folder in written.items():
         for data in config.data:
-            if folder.is_relative_to(Path(data.path).resolve()):
+            images = local_folder(data.path)
+            if images and folder.is_relative_to(images):
                 what = f"{folder} lies inside the dataset folder {data.path}"
                 raise ConfigError(what, setting, "Choose a folder outside of it.")
 
@@ -414,9 +460,14 @@ def _kind_of_source(example: Example) -> str:
     return table if table in METADATA else "*" + Path(source).suffix
 
 
+def _fits(example: Example, rules: BucketRules) -> list[Fit]:
+    """How an image is brought to its bucket at each resolution, before anything random is done to it."""
+    return [fit(*example.fit.original, resolution, rules) for resolution in example.source.resolutions]
+
+
 def _lost_under(example: Example, rules: BucketRules) -> float:
-    """The share of an image that other buckets would crop."""
-    return fit(*example.fit.original, example.source.resolutions[0], rules).cropped_share
+    """The share of an image that buckets crop, at the resolution at which it is most."""
+    return max(found.cropped_share for found in _fits(example, rules))
 
 
 def _placement(example: Example) -> dict[str, Any]:

@@ -1,30 +1,56 @@
-"""The files to share of one checkpoint of a run: LoRA files or whole models, with card, thumbnail and grid."""
+"""The files to share of one checkpoint of a run: LoRA files or whole models, with card, thumbnail and grid.
+
+If new tokens were trained, their embeddings are a file of their own, because most clients read them only so.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from .card import is_whole_model, write_beside
-from .config import RunConfig
+from . import __version__
+from .baking import bake
+from .bases import FamilyName
+from .card import embedding_folder, is_whole_model, write_beside
+from .config import Kind, RunConfig
+from .delta import Changes
 from .errors import ExportError
 from .events import PlanMade, Step, history
 from .export import Precision, export
 from .files import atomic_file
 from .jobs import RunFolder
-from .metadata import Facts, FolderFacts
+from .metadata import Facts, FolderFacts, embedding_file
 from .models import Base, load_base
+from .pivotal import token_embeddings
 from .sample import before_after_grid, drawn_like
+from .verify import live_changes
 from .wholemodel import save_checkpoint_file, save_model_folder
 
-Kind = Literal["lora", "full"]
 Format = Literal["kohya", "ldm", "diffusers"]
-FORMATS: dict[Kind, tuple[Format, ...]] = {"lora": ("kohya", "diffusers"), "full": ("ldm", "diffusers")}
+FORMATS: dict[Kind, tuple[Format, ...]] = {
+    "lora": ("kohya", "diffusers"),
+    "dora": ("kohya", "diffusers"),
+    "full": ("ldm", "diffusers"),
+    **dict.fromkeys(("loha", "lokr", "oft", "boft"), ("kohya",)),
+}
 """By what was trained. The first is what clients read, a file; a whole model for diffusers is a folder."""
+
+
+def formats_of(config: RunConfig, baked: bool = False) -> tuple[Format, ...]:
+    """The formats in which a run, or a plain LoRA baked of it, can be written.
+
+    diffusers loads the lengths of a DoRA for the UNet alone.
+    """
+    kind = config.adapter.kind
+    if kind == "dora" and config.adapter.text_encoder and not baked:
+        return ("kohya",)
+    return FORMATS["lora" if baked else kind]
 
 
 @dataclass(frozen=True)
@@ -40,33 +66,48 @@ class Trained:
 
 
 def publish(
-    trained: Trained, name: str, folder: Path, formats: Sequence[Format] = (), precision: Precision = "fp16"
+    trained: Trained,
+    name: str,
+    folder: Path,
+    formats: Sequence[Format] = (),
+    precision: Precision = "fp16",
+    bake_to: int = 0,
 ) -> list[Path]:
     """Write and verify the files, all formats if none is named; returns `<name>.safetensors`, `<name>-diffusers...`.
 
-    Card, sidecar and thumbnail stand beside the first of them.
+    With `bake_to`, a plain LoRA of that rank is made of whatever was trained, `<name>-baked<rank>.safetensors`. Card,
+    sidecar and thumbnail stand beside the first file; embeddings of new tokens in `<name>-embedding/`, as
+    `<trigger>.safetensors`.
 
     Raises:
         ExportError: if a file on disk is not the same as the trained model, after the other formats were written.
     """
-    facts, kind = facts_of(trained, name), trained.config.adapter.kind
+    facts, changes = facts_of(trained, name), None
+    if bake_to:
+        changes, baked = bake(trained.base, live_changes(trained.base), bake_to)
+        name = f"{name}-baked{bake_to}"
+        facts = replace(facts, name=name, baked=baked)
     paths, refused = [], []
-    for format in FORMATS[kind]:
+    for format in formats_of(trained.config, bool(bake_to)):
         try:
             if format in formats or not formats:
-                paths.append(_write(trained.base, folder, name, format, facts, precision))
+                paths.append(_write(trained.base, folder, name, format, facts, precision, changes))
         except ExportError as error:  # what can be written is
             refused += error.problems
     if refused:
         raise ExportError.of(refused)
     write_beside(paths[0], facts, trained.base.info)
+    if file := embedding_file(facts):
+        paths.append(write_embedding(trained.base, folder / embedding_folder(f"{name}.safetensors") / file))
     if grid := preview_grid(trained):
         with atomic_file(folder / f"{name}-grid.png") as temporary:
             grid.save(temporary, "PNG")
     return paths
 
 
-def _write(base: Base, folder: Path, name: str, format: Format, facts: Facts, precision: Precision) -> Path:
+def _write(
+    base: Base, folder: Path, name: str, format: Format, facts: Facts, precision: Precision, changes: Changes | None
+) -> Path:
     """One file or folder, verified."""
     lora = not is_whole_model(facts)
     path = folder / (
@@ -76,9 +117,36 @@ def _write(base: Base, folder: Path, name: str, format: Format, facts: Facts, pr
     if format == "ldm":
         save_checkpoint_file(base, path, precision)
     elif lora:
-        export(base, path, facts, lambda: load_base(base.info, dtype, device), format, precision)
+        export(base, path, facts, lambda: load_base(base.info, dtype, device), format, precision, changes)
     else:
         save_model_folder(base, path, precision)
+    return path
+
+
+_EMBEDDINGS: dict[FamilyName, dict[str, str]] = {
+    "sd1": {"text_encoder": "emb_params"},
+    "sd2": {"text_encoder": "emb_params"},
+    "sdxl": {"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
+}
+"""What clients call the vectors of each text encoder."""
+
+
+def write_embedding(base: Base, path: Path) -> Path:
+    """Write the vectors of new tokens, (tokens, width) in fp32, and read them back.
+
+    Raises:
+        ExportError: if they hold NaN or infinity, or the file is not the same.
+    """
+    names = _EMBEDDINGS[base.info.family]
+    vectors = {names[part]: vector.float().cpu().contiguous() for part, vector in token_embeddings(base).items()}
+    if not all(vector.isfinite().all() for vector in vectors.values()):
+        fix = "Export an earlier checkpoint; train with a lower optimizer.token_lr."
+        raise ExportError("the embeddings of the new tokens hold NaN or infinity", path.name, fix)
+    with atomic_file(path) as temporary:
+        save_file(vectors, temporary, {"lorasmith_version": __version__})
+        written = load_file(temporary)
+        if written.keys() != vectors.keys() or not all(torch.equal(written[name], vectors[name]) for name in vectors):
+            raise ExportError("is not what was written", path.name, "Export it again, to another disk.")
     return path
 
 
@@ -117,7 +185,7 @@ def preview_grid(trained: Trained) -> Image.Image | None:
     untouched, tuned = ([_open(path) for path in sorted(folder.glob("*.png"))] for folder in (before, after))
     prompts = [text.split("\n")[0] for text in drawn_like(before)]
     title = f"{trained.config.name}, step {trained.step}"
-    what = "with the LoRA" if trained.config.adapter.kind == "lora" else "as it was trained"
+    what = "with the LoRA" if trained.config.adapter.kind != "full" else "as it was trained"
     return before_after_grid(untouched, tuned, prompts, title, columns=2, side=256, after_is=what)
 
 

@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
-from .adapter import load_adapter_state, put_on
-from .bases import inspect_base
+from .adapter import load_adapter_state
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import RunConfig
 from .configfile import read_toml, validate, write_config
 from .errors import INTERRUPTED, LorasmithError, RunError, TrainingError, UserError
 from .events import Done, Event, EventLog, Failed, Phase, Stopped
 from .export import Precision
+from .fitting import put_on
 from .jobs import RunFolder, create_run, is_main_process, open_run
 from .loop import Emit, Trainer, base_dtype, mixed_precision
 from .models import load_base
-from .plan import Plan, as_trained, make_plan
+from .plan import Plan, as_trained, base_of, make_plan
 from .publish import Format, Trained, publish
 
 
@@ -95,12 +95,12 @@ def load_run(path: Path, step: int | None) -> Trained:
     checkpoint = load_checkpoint(run.checkpoint(saved[-1] if step is None else step))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = base_dtype(config, mixed_precision("auto"))
-    info = as_trained(inspect_base(config.base.model), config)
+    info = as_trained(base_of(config), config)
     if config.adapter.kind == "full" and checkpoint.state.base != info.identity:
         what = "the base model has changed since the run was saved, and a part of the weights would be another's"
         raise RunError(what, str(run.path), "Put the base back as it was.")
     base = load_base(info, dtype, device)
-    put_on(base, config.adapter, config.seed)
+    put_on(base, config.adapter, config.seed, config.block, config.trigger)
     load_adapter_state(base, checkpoint.adapter)
     return Trained(run, config, base, checkpoint.state.step, checkpoint.state.images)
 
@@ -153,7 +153,8 @@ def _finish(trainer: Trainer, emit: Emit) -> list[Path]:
     emit(Phase("exporting and verifying"))
     run, state = trainer.run, trainer.state
     trained = Trained(run, trainer.config, trainer.base, state.step, state.images)
-    exports = publish(trained, trainer.config.name, run.exports)
+    with trainer.as_it_is_used():
+        exports = publish(trained, trainer.config.name, run.exports)
     emit(Done(state.step, [path.relative_to(run.path).as_posix() for path in exports]))
     return exports
 
@@ -209,9 +210,9 @@ def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") ->
         now = after.get(key)
         if isinstance(was, dict) and isinstance(now, dict):
             changed += _changes(was, now, f"{prefix}{key}.")
-        elif key == "data" and isinstance(now, list) and len(was) == len(now):
+        elif key in ("data", "block") and isinstance(now, list) and len(was) == len(now):
             tables = [{str(number): table for number, table in enumerate(tables)} for tables in (was, now)]
-            changed += _changes(*tables, prefix="data.")
+            changed += _changes(*tables, prefix=f"{key}.")
         elif was != now:
             changed.append(prefix + key)
     return changed

@@ -6,24 +6,34 @@ alpha to all layers of a component. So the file is held against three things, an
 1. the names, types and scales that all clients agree on, by this project's own reading of the file;
 2. the weight change of every layer, as the file gives it and as the fresh pipeline applies it;
 3. what text encoders and UNet answer to fixed inputs, with the size of the adapter's own effect as the measure.
+
+The fresh pipeline is diffusers' own, which loads plain LoRAs, and DoRAs of the UNet in its own format. What it does not
+load (LoHa, LoKr, full changes, DoRA in kohya's names) is merged into a fresh base by this project's reader of any
+trainer's files, as the clients do it that know LyCORIS; `loraread` shares no table with what wrote the file.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
-from .adapter import ADAPTER, LoraModule, lora_modules, strength
+from .adapter import ADAPTER, base_weight, deltas, strength
+from .delta import Changes, Delta, product_norm
 from .errors import ExportError, Problem, UserError, first_line
-from .keys import Format, base_name, component_of, grammar
-from .lorafile import LEAVES, LoraFile
+from .keys import ALPHA, Format, base_name, component_of, grammar, leaf_of
+from .lorafile import LoraFile
+from .loraread import merged, read_lora
 from .models import Base, Conditions
+from .pivotal import unread
 
 PROMPT = "a photo of a red house by the sea, painted in oil"
 SHOWN = 5  # deviations that an error names
@@ -73,8 +83,8 @@ class _Different(Exception):  # noqa: N818 (it never leaves this file)
     """Holds what deviates."""
 
 
-def verify(path: Path, base: Base, load_fresh: Callable[[], Base]) -> Verification:
-    """Load the file into a fresh pipeline and compare it with the live model.
+def verify(path: Path, base: Base, load_fresh: Callable[[], Base], changes: Changes | None = None) -> Verification:
+    """Load the file into a fresh pipeline and compare it with the live model, or with `changes` made from it.
 
     `load_fresh` gives the same base without an adapter, in the same precision and on the same device as `base`.
 
@@ -82,7 +92,7 @@ def verify(path: Path, base: Base, load_fresh: Callable[[], Base]) -> Verificati
         ExportError: naming the first deviations. The file has then been renamed to `<name>.safetensors.rejected`.
     """
     try:
-        return _compare(path, base, load_fresh)
+        return _compare(path, base, load_fresh, changes)
     except _Different as different:
         deviations = different.args[0]
     rejected = path.with_name(f"{path.name}.rejected")
@@ -94,35 +104,32 @@ def verify(path: Path, base: Base, load_fresh: Callable[[], Base]) -> Verificati
     raise ExportError.of(Problem(path.name, text, fix) for text, fix in zip(deviations, fixes, strict=True))
 
 
-def _compare(path: Path, base: Base, load_fresh: Callable[[], Base]) -> Verification:
+def _compare(path: Path, base: Base, load_fresh: Callable[[], Base], changes: Changes | None) -> Verification:
     """Cheapest first; each step makes sense only if the one before it found nothing."""
     try:
         file = LoraFile.open(path)
     except UserError as error:
         raise _Different([error.problems[0].what]) from error
     format = file.format or "kohya"
-    live = named_modules(base, format)
-    _require(name_deviations(file, base, live, format))
-    written = read_modules(file, live, format)
-    _require(tensor_deviations(file, live, written))
-    types = {_DTYPES[file.dtypes[key]] for key in file.shapes if key.endswith(".weight")}
-    _require(weight_deviations(live, written, max(WEIGHT_TOLERANCE[t] for t in types), "in the file"))
+    live = named_layers(base, changes or live_changes(base), format)
+    written, types = _compare_tensors(file, base, live, format)
 
     modules = dict(Counter(module_component(name) for name in live))
-    said = live_answers(base, modules)
+    said = answers_of(base, modules, partial(strength, base)) if changes is None else {}
     device = base.device
     base.to("cpu")  # a GPU that just holds one base must not have to hold two
     fresh = load_fresh()
-    _load(fresh, path)
-    applied = named_modules(fresh, format)
-    _require(set_deviations(live, applied, "in a fresh pipeline"))
+    if changes is not None:
+        said = answers_of(fresh, modules, partial(merged, fresh.components, changes))
     types.add(base.dtype)
+    applied, acting = _loaded(fresh, path, format, live)
+    _require(set_deviations(live, applied, "in a fresh pipeline"))
     limit = max(WEIGHT_TOLERANCE[t] for t in types)
     _require(weight_deviations(live, applied, limit, "in a fresh pipeline"))
     tolerance = max(EFFECT_TOLERANCE[t] for t in types)
-    answers = compare_answers(fresh, said, tolerance)
+    answers = compare_answers(fresh, said, tolerance, acting)
     weight_error = max(max(change_errors(live, other).values()) for other in (written, applied))
-    del fresh, applied
+    del fresh, applied, acting
     base.to(device)
     return Verification(
         modules=modules,
@@ -131,6 +138,33 @@ def _compare(path: Path, base: Base, load_fresh: Callable[[], Base]) -> Verifica
         answers=answers,
         answer_tolerance=tolerance,
     )
+
+
+def verify_tensors(path: Path, base: Base, changes: Changes) -> None:
+    """Hold a file against changes without loading it into a pipeline; of `base`, shapes are enough.
+
+    Raises:
+        ExportError: naming the first deviations.
+    """
+    file = LoraFile.open(path)
+    format = file.format or "kohya"
+    try:
+        _compare_tensors(file, base, named_layers(base, changes, format), format)
+    except _Different as different:
+        fix = "Try another --precision; if it stays so, report it."
+        raise ExportError.of(Problem(path.name, text, fix) for text in different.args[0][:SHOWN]) from None
+
+
+def _compare_tensors(
+    file: LoraFile, base: Base, live: Mapping[str, Layer], format: Format
+) -> tuple[dict[str, Delta], set[torch.dtype]]:
+    """The changes that the file holds, and the types they are kept in."""
+    _require(name_deviations(file, base, live, format))
+    written = read_layers(file, live, format)
+    _require(tensor_deviations(file, live, written))
+    types = {_DTYPES[dtype] for key, dtype in file.dtypes.items() if not key.endswith(f".{ALPHA}")}
+    _require(weight_deviations(live, written, max(WEIGHT_TOLERANCE[t] for t in types), "in the file"))
+    return written, types
 
 
 def _require(deviations: Iterable[str]) -> None:
@@ -146,23 +180,50 @@ def module_component(name: str) -> str:
 # names, types and scales
 
 
-def named_modules(base: Base, format: Format) -> dict[str, LoraModule]:
-    """The adapted layers of all components, by their names in a file."""
+@dataclass(frozen=True)
+class Layer:
+    """One adapted layer: its change, and the layer whose weight is changed."""
+
+    delta: Delta
+    """On the CPU."""
+    component: nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        """The untouched weight, on the CPU; on the meta device, where shapes are all there is."""
+        layer: Any = self.component.get_submodule(self.delta.name)
+        weight = base_weight(self.component, self.delta.name) if isinstance(layer, BaseTunerLayer) else layer.weight
+        return weight.detach() if weight.device.type == "meta" else weight.detach().cpu()
+
+
+def live_changes(base: Base) -> dict[str, list[Delta]]:
+    """What the adapters of a live base change in its layers, by component, on the CPU."""
+    return {component: [d.on("cpu") for d in deltas(module)] for component, module in base.components.items()}
+
+
+def named_layers(base: Base, changes: Changes, format: Format) -> dict[str, Layer]:
+    """The changed layers of all components, by their names in a file."""
     family, n = base.info.family, int(base.unet.config["layers_per_block"])
     return {
-        base_name(family, component, lora.name, format, n): lora
-        for component, module in base.components.items()
-        for lora in lora_modules(module)
+        base_name(family, component, delta.name, format, n): Layer(delta, base.components[component])
+        for component, own in changes.items()
+        for delta in own
     }
 
 
-def name_deviations(file: LoraFile, base: Base, live: Mapping[str, LoraModule], format: Format) -> Iterator[str]:
+def name_deviations(file: LoraFile, base: Base, live: Mapping[str, Layer], format: Format) -> Iterator[str]:
     """Every key is of the grammar, and each live layer has all its keys, and there is no other key."""
     pattern = grammar(base.info.family, format)
     yield from (f"{key} is not a name that clients read" for key in file.shapes if not pattern.fullmatch(key))
-    yield from set_deviations([name + leaf for name in live for leaf in LEAVES[format]], file.shapes, "in the file")
+    expected = [name + leaf_of(tensor, format) for name in live for tensor in tensor_names(live[name].delta, format)]
+    yield from set_deviations(expected, file.shapes, "in the file")
     if "lora_adapter_metadata" in file.metadata:
         yield "the header holds lora_adapter_metadata, which makes diffusers refuse the file"
+
+
+def tensor_names(delta: Delta, format: Format) -> list[str]:
+    """What a file holds of a layer; a full change has no scale, and diffusers' files have it in `up`."""
+    return [*delta.tensors, *([ALPHA] if format == "kohya" and delta.form != "full" else [])]
 
 
 def set_deviations(expected: Iterable[str], found: Iterable[str], where: str) -> Iterator[str]:
@@ -171,36 +232,34 @@ def set_deviations(expected: Iterable[str], found: Iterable[str], where: str) ->
     yield from (f"{name} is {where}, but was not trained" for name in sorted(found - expected))
 
 
-def read_modules(file: LoraFile, live: Iterable[str], format: Format) -> dict[str, LoraModule]:
+def read_layers(file: LoraFile, live: Mapping[str, Layer], format: Format) -> dict[str, Delta]:
     """The file's layers as every client must read them; without an alpha the scale is 1."""
     tensors = file.tensors()
-    down, up, *alpha = LEAVES[format]
-    return {
-        name: LoraModule(
-            name=name,
-            down=tensors[name + down],
-            up=tensors[name + up],
-            alpha=float(tensors[name + alpha[0]].sum()) if alpha else float(tensors[name + down].shape[0]),
-        )
-        for name in live
-    }
+    found = {}
+    for name, layer in live.items():
+        own = {leaf: tensors[name + leaf_of(leaf, format)] for leaf in layer.delta.tensors}
+        if format == "diffusers" and "dora_scale" in own:
+            own["dora_scale"] = own["dora_scale"].view(layer.delta.tensors["dora_scale"].shape)
+        alpha = tensors.get(f"{name}.{ALPHA}")
+        read = Delta(layer.delta.name, own, 0.0)
+        found[name] = Delta(read.name, own, float(read.rank if alpha is None else alpha.sum()))
+    return found
 
 
-def tensor_deviations(
-    file: LoraFile, live: Mapping[str, LoraModule], written: Mapping[str, LoraModule]
-) -> Iterator[str]:
+def tensor_deviations(file: LoraFile, live: Mapping[str, Layer], written: Mapping[str, Delta]) -> Iterator[str]:
     """Types and shapes that all clients take, finite values, one alpha a component, no component without effect."""
     alphas: dict[str, set[float]] = {}
     effective: dict[str, bool] = {}
-    for name, lora in written.items():
-        if (lora.down.shape, lora.up.shape) != (live[name].down.shape, live[name].up.shape):
+    for name, delta in written.items():
+        if shapes_of(delta) != shapes_of(live[name].delta):
             yield f"{name} has other shapes than the live layer"
-        if not (lora.down.isfinite().all() and lora.up.isfinite().all()):
+        if not all(tensor.isfinite().all() for tensor in delta.tensors.values()):
             yield f"{name} holds NaN or infinity"
-        alphas.setdefault(module_component(name), set()).add(lora.alpha)
-        effective[module_component(name)] = effective.get(module_component(name), False) or bool(lora.up.any())
+        if "lora_up.weight" in delta.tensors:
+            alphas.setdefault(module_component(name), set()).add(delta.alpha)
+        effective[module_component(name)] = effective.get(module_component(name), False) or not is_still(delta)
     for key, dtype in file.dtypes.items():
-        if key.endswith(".alpha") and (dtype != "F32" or file.shapes[key] != ()):
+        if key.endswith(f".{ALPHA}") and (dtype != "F32" or file.shapes[key] != ()):
             yield f"{key} is not a single fp32 number, which some clients cannot read"
         elif dtype not in _DTYPES:
             yield f"{key} is of type {dtype}"
@@ -214,61 +273,97 @@ def tensor_deviations(
         yield "sshs_model_hash in the header is not the hash of the tensors"
 
 
+def shapes_of(delta: Delta) -> dict[str, tuple[int, ...]]:
+    return {leaf: tuple(tensor.shape) for leaf, tensor in delta.tensors.items()}
+
+
+def is_still(delta: Delta) -> bool:
+    """Whether it changes nothing, for one of the factors of its product is zero."""
+    return not all(tensor.any() for leaf, tensor in delta.tensors.items() if leaf != "dora_scale")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the change of each layer
 
 
 def weight_deviations(
-    live: Mapping[str, LoraModule], other: Mapping[str, LoraModule], tolerance: float, where: str
+    live: Mapping[str, Layer], other: Mapping[str, Delta], tolerance: float, where: str
 ) -> Iterator[str]:
     for name, error in change_errors(live, other).items():
         if not error <= tolerance:
-            mine, theirs = live[name], other[name]
-            alphas = f"alpha {theirs.alpha:g} at rank {theirs.rank}, live {mine.alpha:g} at {mine.rank}"
-            yield f"{name}: its change is off by {error:.2%} {where} (allowed {tolerance:.2%}; {alphas})"
+            mine, theirs = live[name].delta, other[name]
+            scales = f"; alpha {theirs.alpha:g} at rank {theirs.rank}, live {mine.alpha:g} at {mine.rank}"
+            scales = scales if mine.rank else ""
+            yield f"{name}: its change is off by {error:.2%} {where} (allowed {tolerance:.2%}{scales})"
 
 
-def change_errors(live: Mapping[str, LoraModule], other: Mapping[str, LoraModule]) -> dict[str, float]:
-    """|other - live| / |live| of each layer's change, alpha / rank * up @ down, in Frobenius norms.
+def change_errors(live: Mapping[str, Layer], other: Mapping[str, Delta]) -> dict[str, float]:
+    """|other - live| / |live| of each layer's change, in Frobenius norms.
 
     A layer that hardly changes, next to the largest change of its component, is held against that one: its numbers
     may be so small that fp16 keeps few of their bits, and they do nothing.
     """
-    sizes = {name: _product_norm(*_factors(lora)) for name, lora in live.items()}
+    measured = {name: _size_and_difference(layer, other[name]) for name, layer in live.items()}
     largest: dict[str, float] = {}
-    for name, size in sizes.items():
+    for name, (size, _) in measured.items():
         component = module_component(name)
         largest[component] = max(largest.get(component, 0.0), size)
     errors = {}
-    for name, size in sizes.items():
-        difference = _difference_norm(live[name], other[name])
+    for name, (size, difference) in measured.items():
         scale = max(size, NEGLIGIBLE * largest[module_component(name)])
         errors[name] = difference / scale if scale else (float("inf") if difference else 0.0)
     return errors
 
 
-def _difference_norm(live: LoraModule, other: LoraModule) -> float:
-    """|other - live| of the changes, without forming a product.
+def _size_and_difference(live: Layer, other: Delta) -> tuple[float, float]:
+    """|live| and |other - live| of the changes, fp64."""
+    if live.delta.is_plain and other.is_plain:
+        return plain_size(live.delta), plain_difference(live.delta, other)
+    weight = live.weight
+    weight = torch.empty_like(weight, device="cpu") if weight.device.type == "meta" else weight  # its shape is enough
+    mine = live.delta.of(weight, torch.float64)
+    return float(mine.norm()), float((other.of(weight, torch.float64) - mine).norm())
+
+
+def plain_size(delta: Delta) -> float:
+    return product_norm(*_factors(delta))
+
+
+def plain_difference(live: Delta, other: Delta) -> float:
+    """|other - live| of two plain LoRAs, without forming a product.
 
     With A = [up, up'] and B = [down; down'], |A B|^2 = trace(A'A BB'), a product of matrices as small as the rank; in
     fp64 its own rounding is about 1e-8 of the norm.
     """
     up, down = _factors(live)
     other_up, other_down = _factors(other)
-    return _product_norm(torch.cat([other_up, -up], 1), torch.cat([other_down, down], 0))
+    return product_norm(torch.cat([other_up, -up], 1), torch.cat([other_down, down], 0))
 
 
-def _factors(lora: LoraModule) -> tuple[Tensor, Tensor]:
-    scale = lora.alpha / lora.rank
-    return scale * lora.up.double().cpu().flatten(1), lora.down.double().cpu().flatten(1)
-
-
-def _product_norm(a: Tensor, b: Tensor) -> float:
-    return float(((a.T @ a) * (b @ b.T)).sum().clamp_min(0).sqrt())
+def _factors(delta: Delta) -> tuple[Tensor, Tensor]:
+    return delta.scale * delta.up.double().cpu().flatten(1), delta.down.double().cpu().flatten(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # loading, and the answers to fixed inputs
+
+
+Acting = Callable[[float], AbstractContextManager[None]]
+"""Within the block, what was trained acts at a strength; 0 is the untouched base."""
+
+
+def _loaded(fresh: Base, path: Path, format: Format, live: Mapping[str, Layer]) -> tuple[dict[str, Delta], Acting]:
+    """Bring the file into a fresh base, as any user does: the changes that it makes there, and how to let it act."""
+    if format == "diffusers" or all(layer.delta.is_plain for layer in live.values()):
+        _load(fresh, path)
+        changes, acting = live_changes(fresh), partial(strength, fresh)
+    else:
+        try:
+            changes = read_lora(path, fresh.components, fresh.info.family)
+        except UserError as error:
+            raise _Different([problem.what for problem in error.problems]) from error
+        acting = partial(merged, fresh.components, changes)
+    return {name: layer.delta for name, layer in named_layers(fresh, changes, format).items()}, acting
 
 
 def _load(fresh: Base, path: Path) -> None:
@@ -282,7 +377,7 @@ def _load(fresh: Base, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Said:
-    """What a component of the live model answers to fixed inputs."""
+    """What a component answers to fixed inputs."""
 
     answer: Tensor
     whole: float
@@ -295,34 +390,36 @@ class Said:
 
 
 @torch.no_grad()
-def live_answers(base: Base, trained: Iterable[str]) -> dict[str, Said]:
+def answers_of(base: Base, trained: Iterable[str], acting: Acting) -> dict[str, Said]:
     """The answers of the trained components, at a strength at which the adapter's effect can be seen."""
-    with strength(base, 0):
-        plain = base.encode([PROMPT])
-    answers = {}
-    for name in trained:
-        with strength(base, 0):
-            without = _answer(base, name, plain)
-        whole, factor = float(without.norm()), 1.0
-        live = _answer(base, name, plain)
-        effect = shown = float((live - without).norm())
-        while shown < VISIBLE * whole and factor < MOST:
-            factor *= 4
-            with strength(base, factor):
+    with unread(base):  # new tokens stand in a file of their own
+        with acting(0):
+            plain = base.encode([PROMPT])
+        answers = {}
+        for name in trained:
+            with acting(0):
+                without = _answer(base, name, plain)
+            whole, factor = float(without.norm()), 1.0
+            with acting(1):
                 live = _answer(base, name, plain)
-            shown = float((live - without).norm())
-        answers[name] = Said(live, whole, effect, shown, factor)
+            effect = shown = float((live - without).norm())
+            while shown < VISIBLE * whole and factor < MOST:
+                factor *= 4
+                with acting(factor):
+                    live = _answer(base, name, plain)
+                shown = float((live - without).norm())
+            answers[name] = Said(live, whole, effect, shown, factor)
     return answers
 
 
 @torch.no_grad()
-def compare_answers(fresh: Base, said: Mapping[str, Said], tolerance: float) -> dict[str, Answer]:
+def compare_answers(fresh: Base, said: Mapping[str, Said], tolerance: float, acting: Acting) -> dict[str, Answer]:
     """Compare what the fresh pipeline answers with what the live model said."""
-    with strength(fresh, 0):
+    with acting(0):
         plain = fresh.encode([PROMPT])
     found, deviations = {}, []
     for name, live in said.items():
-        with strength(fresh, live.strength):
+        with acting(live.strength):
             error = float((_answer(fresh, name, plain) - live.answer).norm())
         if not live.shown > 0:
             deviations.append(f"the adapter of {name} changes nothing in its output")

@@ -10,9 +10,9 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from ..configs import read_recipe, recipe_for
+from ..configs import recipe_for
 from ..trainer.bases import inspect_base
-from ..trainer.configfile import merge, to_toml, validate
+from ..trainer.configfile import to_toml, validate
 from ..trainer.console import length_sentence
 from ..trainer.errors import LorasmithError, UserError
 from ..trainer.events import Sampled, Step, history
@@ -216,14 +216,16 @@ def _new_run_tab(starts: Starts) -> None:
 def plan_of(folder: Path, images: str, base: str, name: str, trigger: str) -> tuple[str, str]:
     """The plan in a few lines of Markdown, and its complete TOML; every problem is shown as an error."""
     try:
-        recipe = recipe_for(base, inspect_base(base).family)
+        found = inspect_base(base)
+        recipe = recipe_for(base, found.family, found.prediction)
         given = {
             "name": name,
+            "recipe": recipe,
             "runs": str(folder.absolute()),
             "base": {"model": base},
             "data": [{"path": str(Path(images).absolute()) if images else "", "trigger": trigger}],
         }
-        plan = make_plan(validate(merge(read_recipe(recipe), given), source="new run"))
+        plan = make_plan(validate(given, source="new run"))
         check_name_is_free(plan.config)
     except LorasmithError as error:
         raise gr.Error(str(error), duration=None) from error

@@ -1,0 +1,74 @@
+"""The shape of a base without its weights, on PyTorch's meta device: what will be trained is counted on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTokenizer
+
+from .architectures import ARCHITECTURES
+from .bases import POCKET, BaseInfo
+from .config import RunConfig
+from .errors import BaseModelError, first_line
+from .fitting import Part, parts, put_on, read_start
+from .loraread import read_lora
+from .models import FAMILIES, Base
+from .singlefile import read_single_file
+
+
+def foreseen_parts(info: BaseInfo, config: RunConfig) -> list[Part]:
+    """What a run will train, counted before anything is loaded.
+
+    Raises:
+        ConfigError: for blocks that are not there, layers that cannot take the adapter, and parts that hold nothing.
+        UserError: if a LoRA to start from, or to merge, does not fit.
+    """
+    base, adapter = skeleton(info), config.adapter
+    for file, _ in info.merges:
+        read_lora(Path(file), base.components, info.family)
+    start = read_start(adapter, base)
+    put_on(base, adapter, config.seed, config.block, config.trigger, start)
+    return parts(base, config)
+
+
+def skeleton(info: BaseInfo) -> Base:
+    """A base whose UNet and text encoders have shapes only; it has no VAE.
+
+    Raises:
+        BaseModelError: if a configuration makes no model.
+    """
+    encoders, configs = FAMILIES[info.family].text_encoder_classes, _configs(info)
+    try:
+        with torch.device("meta"):
+            unet: Any = UNet2DConditionModel.from_config(configs["unet"])
+            text = {name: kind(CLIPTextConfig.from_dict(configs[name])) for name, kind in encoders.items()}
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        what = f"a configuration of {info.model} makes no model: {first_line(error)}"
+        raise BaseModelError(what, "base.model", "Save or download it again.") from error
+    tokenizer = CLIPTokenizer.from_pretrained(POCKET / "tokenizer")
+    base = Base(info, [tokenizer] * len(text), text, vae=None, unet=unet, scheduler=DDIMScheduler())
+    for module in base.components.values():
+        module.requires_grad_(False).eval()
+    return base
+
+
+def _configs(info: BaseInfo) -> dict[str, Any]:
+    """The configurations of UNet and text encoders."""
+    if info.source.startswith("random:"):
+        return ARCHITECTURES[info.source.removeprefix("random:")]
+    if Path(info.source).is_file():
+        return dict(read_single_file(Path(info.source), "base.model").configs)
+    place = {"revision": info.revision or None}
+    try:
+        texts = {
+            name: CLIPTextConfig.from_pretrained(info.source, subfolder=name, **place).to_dict()
+            for name in FAMILIES[info.family].text_encoder_classes
+        }
+        return texts | {"unet": UNet2DConditionModel.load_config(info.source, subfolder="unet", **place)}
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"a configuration of {info.model} cannot be read: {first_line(error)}", "base.model", "Save it again."
+        ) from error

@@ -1,0 +1,223 @@
+"""Settings that would have no effect, and settings that rule each other out: each is an error, never a silence.
+
+A complete file spells out the defaults as well, so a setting may always stand at its default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from .errors import Problem
+
+if TYPE_CHECKING:
+    from .config import RunConfig, Section
+
+NESTED_PROBLEMS = "several settings have no effect"
+
+LOW_RANK = ("lora", "dora", "loha", "lokr")
+ADAPTERS = (*LOW_RANK, "oft", "boft")
+_TAGS, _DRAWN = ("shuffle_caption", "caption_tag_dropout"), ("crop", "crop_jitter", "colour_jitter")
+
+ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "adapter.rank": ("adapter.kind", LOW_RANK),
+    "adapter.alpha": ("adapter.kind", LOW_RANK),
+    "adapter.conv_rank": ("adapter.targets", ("all",)),
+    "adapter.conv_alpha": ("adapter.targets", ("all",)),
+    "adapter.rslora": ("adapter.kind", ("lora", "dora")),
+    "adapter.init": ("adapter.kind", ("lora", "dora")),
+    "adapter.dropout": ("adapter.kind", ("lora", "dora")),
+    "adapter.rank_dropout": ("adapter.kind", ("loha", "lokr")),
+    "adapter.module_dropout": ("adapter.kind", ("loha", "lokr", "oft", "boft")),
+    "adapter.decompose_factor": ("adapter.kind", ("lokr",)),
+    "adapter.block_size": ("adapter.kind", ("oft", "boft")),
+    "adapter.targets": ("adapter.kind", ADAPTERS),
+    "adapter.start_from": ("adapter.kind", ("lora",)),
+    "optimizer.loraplus_ratio": ("adapter.kind", ("lora", "dora")),
+    "optimizer.schedule_cycles": ("optimizer.schedule", ("cosine-restarts",)),
+    "optimizer.schedule_power": ("optimizer.schedule", ("polynomial",)),
+    "optimizer.schedule_decay": ("optimizer.schedule", ("wsd",)),
+    "optimizer.schedule_floor": (
+        "optimizer.schedule",
+        ("cosine", "linear", "cosine-restarts", "polynomial", "rex", "wsd"),
+    ),
+    "objective.min_snr_gamma": ("objective.weighting", ("min-snr", "soft-min-snr")),
+    "objective.huber_c": ("objective.loss", ("huber",)),
+    "objective.huber_schedule": ("objective.loss", ("huber",)),
+    "objective.timestep_mean": ("objective.timesteps", ("logit-normal",)),
+    "objective.timestep_std": ("objective.timesteps", ("logit-normal",)),
+}
+"""Settings by the one setting, and the values of it, with which they have an effect."""
+
+OF_SWITCHES: dict[str, tuple[tuple[str, ...], str]] = {
+    "prior_loss_weight": (("regularization",), "data.regularization = true"),
+    "caption_separator": (_TAGS, "data.shuffle_caption = true"),
+    "keep_tokens": (_TAGS, "data.shuffle_caption = true"),
+    "keep_tokens_separator": (_TAGS, "data.shuffle_caption = true"),
+    "caption_variants": ((*_TAGS, "wildcards"), "data.shuffle_caption = true"),
+    "augmentations": (_DRAWN, 'data.crop = "random"'),
+}
+"""Settings of a `[[data]]` table by those of which one at least must be set for them to have an effect."""
+
+OF_NUMBERS = {
+    "sample.prompts": "sample.every",  # the other settings of the section serve `lorasmith sample` as well
+    "objective.multires_noise_discount": "objective.multires_noise_iterations",
+    "optimizer.token_lr": "adapter.new_tokens",
+    "adapter.token_init": "adapter.new_tokens",
+}
+"""Settings by the number that must be above 0 for them to have an effect."""
+
+RATE_OF = {"adapter.unet": "optimizer.lr", "adapter.text_encoder": "optimizer.text_encoder_lr"}
+"""Learning rates by the switch of the part they belong to."""
+
+
+def dropped_by(switch: str, value: Any) -> Iterator[str]:
+    """The settings that a choice makes idle, or that are no longer meant with it.
+
+    Who makes it above a file or a recipe, that is with `--set` or in the file, need not take them back one by one.
+    """
+    from .config import RATE_FREE
+
+    yield from (dotted for dotted, (choice, values) in ONLY_WITH.items() if choice == switch and value not in values)
+    yield from (dotted for dotted, number in OF_NUMBERS.items() if number == switch and not value)
+    if switch in RATE_OF and not value:
+        yield RATE_OF[switch]
+    if switch == "optimizer.kind" and value in RATE_FREE:
+        yield from RATE_OF.values()
+
+
+def problems_of(config: RunConfig) -> Iterator[Problem]:
+    """All problems of a configuration whose single values are right."""
+    yield from _idle_rates(config)
+    yield from _idle_choices(config)
+    yield from _idle_numbers(config)
+    yield from _idle_blocks(config)
+    yield from _idle_of_data(config)
+    yield from _contradictions(config)
+
+
+def is_default(section: Section, key: str) -> bool:
+    return getattr(section, key) == type(section).model_fields[key].get_default(call_default_factory=True)
+
+
+def _at(config: RunConfig, dotted: str) -> tuple[Section, str]:
+    section, _, key = dotted.partition(".")
+    return getattr(config, section), key
+
+
+def _value(config: RunConfig, dotted: str) -> Any:
+    return getattr(*_at(config, dotted))
+
+
+def _shown(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value).lower()
+
+
+def _idle_rates(config: RunConfig) -> Iterator[Problem]:
+    from .config import RATES
+
+    adapter, optimizer = config.adapter, config.optimizer
+    if not (adapter.unet or adapter.text_encoder):
+        yield Problem(
+            "adapter.unet", "nothing is trained: adapter.text_encoder is off as well", "Set one of the two to true."
+        )
+    for part, key in RATES.items():
+        trained = getattr(adapter, part)
+        if trained and getattr(optimizer, key) == 0:
+            yield Problem(
+                f"optimizer.{key}",
+                f"is 0, so adapter.{part} would be trained without changing",
+                f"Give a rate above 0, or set adapter.{part} = false.",
+            )
+        elif not trained and getattr(optimizer, key) > 0:
+            yield Problem(
+                f"optimizer.{key}",
+                f"has no effect, because adapter.{part} is false",
+                f"Remove it (or set it to 0), or set adapter.{part} = true.",
+            )
+
+
+def _idle_choices(config: RunConfig) -> Iterator[Problem]:
+    for dotted, (switch, values) in ONLY_WITH.items():
+        if not is_default(*_at(config, dotted)) and (now := _value(config, switch)) not in values:
+            what = f"has no effect, because {switch} is {_shown(now)}"
+            yield Problem(dotted, what, f"Remove it, or set {switch} = {_shown(values[0])}.")
+
+
+def _idle_numbers(config: RunConfig) -> Iterator[Problem]:
+    for dotted, switch in OF_NUMBERS.items():
+        if not is_default(*_at(config, dotted)) and _value(config, switch) == 0:
+            yield Problem(dotted, f"has no effect, because {switch} is 0", f"Remove it, or set {switch} above 0.")
+
+
+def _idle_blocks(config: RunConfig) -> Iterator[Problem]:
+    kind = config.adapter.kind
+    for number, block in enumerate(config.block):
+        if not (block.rank or block.alpha or block.lr):
+            yield Problem(f"block.{number}", "changes nothing", "Give it a rank, an alpha or a learning rate.")
+        for key in ("rank", "alpha"):
+            if getattr(block, key) and kind not in LOW_RANK:
+                what = f"has no effect, because adapter.kind is {_shown(kind)}"
+                yield Problem(f"block.{number}.{key}", what, 'Remove it, or set adapter.kind = "lora".')
+
+
+def _idle_of_data(config: RunConfig) -> Iterator[Problem]:
+    """Settings of a set of images that wait for another one."""
+    for number, data in enumerate(config.data):
+        for key, (switches, fix) in OF_SWITCHES.items():
+            if not is_default(data, key) and all(is_default(data, switch) for switch in switches):
+                named = " and ".join(f"data.{switch}" for switch in switches)
+                without = f"has no effect, because {named} {'is' if len(switches) == 1 else 'are'} not set"
+                yield Problem(f"data.{number}.{key}", without, f"Remove it, or set {fix}.")
+        if data.mask == "none" and data.unmasked_weight:
+            what = 'has no effect, because data.mask is "none"'
+            yield Problem(f"data.{number}.unmasked_weight", what, "Remove it.")
+    if all(data.regularization for data in config.data):
+        what = "all images are regularization images, so no style would be learned"
+        yield Problem("data.0.regularization", what, "Add a [[data]] table with the images of the style.")
+
+
+def _contradictions(config: RunConfig) -> Iterator[Problem]:
+    adapter, optimizer, objective = config.adapter, config.optimizer, config.objective
+    if adapter.targets in ("all-linear", "all") and adapter.text_encoder and not adapter.unet:
+        yield Problem(
+            "adapter.targets",
+            'is the same as "attention+ff", because adapter.unet is false',
+            'Set adapter.targets = "attention+ff", or adapter.unet = true.',
+        )
+    if adapter.kind == "oft" and adapter.targets == "all":
+        what = "works on linear layers only: on 3x3 convolutions PEFT's OFT changes the picture before it has learned"
+        yield Problem("adapter.kind", what, 'Set adapter.targets = "all-linear", or adapter.kind = "boft".')
+    if adapter.targets == "style-blocks" and adapter.text_encoder:
+        yield Problem(
+            "adapter.targets",
+            "names blocks of the UNet alone, and adapter.text_encoder is true",
+            "Set adapter.text_encoder = false.",
+        )
+    for key in ("conv_rank", "conv_alpha"):
+        if getattr(adapter, key) and adapter.kind not in LOW_RANK:
+            what = f"has no effect, because adapter.kind is {_shown(adapter.kind)}"
+            yield Problem(f"adapter.{key}", what, 'Remove it, or set adapter.kind = "lora".')
+    if adapter.kind == "dora" and adapter.init in ("pissa", "olora", "eva"):
+        yield Problem("adapter.init", 'works with adapter.kind = "lora" only', 'Set adapter.init = "default".')
+    if adapter.start_from and adapter.init != "default":
+        what = "has no effect, because adapter.start_from says where the adapter starts"
+        yield Problem("adapter.init", what, "Remove one of the two.")
+    if adapter.new_tokens and adapter.kind == "full":
+        yield Problem("adapter.new_tokens", 'goes with an adapter, and adapter.kind is "full"', "Remove it.")
+    if adapter.new_tokens and len({d.trigger for d in config.data if not d.regularization}) != 1:
+        what = "gives one trigger new tokens, and the sets of images have several"
+        yield Problem("adapter.new_tokens", what, "Give all [[data]] tables of the style the same trigger.")
+    elif adapter.new_tokens and not next(d.trigger for d in config.data if not d.regularization):
+        yield Problem("adapter.new_tokens", "needs a trigger to stand for", 'Set data.trigger = "mystyle".')
+    if objective.zero_terminal_snr == "on" and objective.prediction == "epsilon":
+        what = "cannot be learned where the UNet predicts epsilon: pure noise says nothing of the picture"
+        yield Problem("objective.zero_terminal_snr", what, 'Set it to "off", or objective.prediction = "v_prediction".')
+    if objective.multires_noise_iterations == 1:
+        what = "has no effect at 1: the first size is that of the noise itself"
+        yield Problem("objective.multires_noise_iterations", what, "Set it to 6, or to 0 for none.")
+    if objective.min_timestep > objective.max_timestep:
+        yield Problem("objective.min_timestep", "is above objective.max_timestep", "Exchange the two.")
+    if optimizer.schedule == "wsd" and optimizer.warmup + optimizer.schedule_decay > 1:
+        what = "and optimizer.warmup are more than the whole run"
+        yield Problem("optimizer.schedule_decay", what, "Lower one of the two.")
