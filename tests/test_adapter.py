@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.trainer.adapter import (
+    ADAPTER,
     adapter_state,
     base_weight,
     deltas,
@@ -20,11 +21,12 @@ from lorasmith.trainer.adapter import (
     tuner_layers,
 )
 from lorasmith.trainer.bases import inspect_base
-from lorasmith.trainer.config import AdapterSection
+from lorasmith.trainer.config import AdapterSection, BlockSection
 from lorasmith.trainer.delta import Delta, lora
 from lorasmith.trainer.errors import ConfigError
 from lorasmith.trainer.fitting import parameter_groups, parts, put_on
 from lorasmith.trainer.full import trained_weights
+from lorasmith.trainer.initial import look_at_data
 from lorasmith.trainer.models import Base, load_base
 
 from . import tiny
@@ -245,9 +247,60 @@ def test_a_lora_that_does_not_fit_is_no_start(base: Base, change: Delta):
     settings = {"start_from": "old.safetensors"}
     with pytest.raises(ConfigError, match=r"larger than 1.*rank = 2"):
         put_on(base, AdapterSection(rank=1, alpha=1.0, **settings), seed=1, start={"unet": [change]})
-    other = load_base(base.info)
+    with pytest.raises(ConfigError, match=r"unet, which is not trained.*adapter\.unet = true"):
+        put_on(load_base(base.info), AdapterSection(unet=False, **settings), seed=1, start={"unet": [change]})
+    others = AdapterSection(train_only=["unet.up_blocks", "text_encoder"], **settings)
     with pytest.raises(ConfigError, match="not among what is trained"):
-        put_on(other, AdapterSection(train_only=["text_encoder"], unet=False, **settings), 1, start={"unet": [change]})
+        put_on(load_base(base.info), others, seed=1, start={"unet": [change]})
+
+
+def test_a_start_may_hold_layers_that_no_one_reads(base: Base, change: Delta):
+    """Other trainers write the last layer of SDXL's first text encoder, which never learns."""
+    unread = lora("encoder.layers.2.self_attn.q_proj", torch.ones(2, 32), torch.ones(32, 2), 2.0)
+    idle = lora("somewhere", change.down, torch.zeros_like(change.up), 2.0)
+    start = {"unet": [change, idle]} | ({"text_encoder": [unread]} if base.info.family == "sdxl" else {})
+    put_on(base, AdapterSection(start_from="old.safetensors", **SMALL), seed=1, start=start)
+    assert next(deltas(base.unet)).up.any()
+
+
+@pytest.mark.parametrize("settings", [{"kind": "dora"}, {"init": "pissa"}, {"init": "olora"}])
+def test_half_precision_leaves_the_base_as_it_is(settings: dict[str, Any], folder: Path, base: Base):
+    half = load_base(base.info, torch.bfloat16)
+    weights = {name: tensor.clone() for name, tensor in half.unet.state_dict().items()}
+    put_on(half, AdapterSection(**(SMALL | settings)), seed=1)
+    with strength(half, 0):
+        for name, layer in tuner_layers(half.unet):
+            assert torch.equal(layer.get_base_layer().weight, weights[f"{name}.weight"]), name
+    if settings == {"kind": "dora"}:
+        size = max(float(delta.of(base_weight(half.unet, delta.name)).abs().max()) for delta in deltas(half.unet))
+        assert size < 1e-6
+
+
+def test_eva_reads_along_the_main_directions_of_the_data(base: Base):
+    """Layers that read the same take the same ones; convolutions, and ranks that are too large, stay."""
+    blocks = [BlockSection(path="unet.mid_block", rank=2, alpha=2.0)]
+    put_on(base, AdapterSection(targets="all", **SMALL), 1, blocks)
+    layers = dict(tuner_layers(base.unet))
+    told: list[tuple[int, int]] = []
+    sizes = torch.tensor([[16.0, 16.0, 0.0, 0.0, 16.0, 16.0]] * 2)
+    noises = [torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+
+    @torch.no_grad()
+    def forward(noise: Tensor) -> Tensor:
+        text = base.encode(["a house", "two trees"])
+        return base.family.predict(base.unet, noise, torch.tensor([500, 100]), text, sizes)
+
+    plain = forward(noises[0])
+    others = look_at_data(layers, noises, forward, ADAPTER, lambda done, total: told.append((done, total)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert torch.equal(forward(noises[0]), plain)  # up is zero still
+    assert {name for name in others if "time_emb_proj" in name or "conv" in name}
+    assert not any(".attn" in name for name in others)
+    directions: dict[str, Tensor] = {name: layer.lora_A[ADAPTER].weight for name, layer in layers.items()}
+    attention = next(name.removesuffix("to_q") for name in layers if name.endswith("attn1.to_q") and "mid" not in name)
+    query, key = (directions[attention + one] for one in ("to_q", "to_k"))
+    assert torch.equal(query, key)
+    torch.testing.assert_close(query @ query.T, torch.eye(4), rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,32 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig
+from typer.testing import CliRunner
 
-from lorasmith.trainer.adapter import ADAPTER, deltas, strength
+from lorasmith.trainer.adapter import ADAPTER, base_weight, deltas, strength
 from lorasmith.trainer.architectures import ARCHITECTURES
+from lorasmith.trainer.baking import bake, bake_file
 from lorasmith.trainer.bases import FAMILY_TITLES, BaseInfo, FamilyName, inspect_base
 from lorasmith.trainer.card import write_beside
+from lorasmith.trainer.cli import app
+from lorasmith.trainer.clients import FORM_OF, unread_by
 from lorasmith.trainer.config import AdapterSection, RunConfig
 from lorasmith.trainer.errors import ExportError, UserError
 from lorasmith.trainer.export import castable, export, write
 from lorasmith.trainer.fitting import put_on
+from lorasmith.trainer.full import trained_weights
+from lorasmith.trainer.jobs import RunFolder, create_run
 from lorasmith.trainer.keys import Format, diffusers_name, grammar, kohya_name
+from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.lorafile import LoraFile, inspect
-from lorasmith.trainer.metadata import Facts, FolderFacts
+from lorasmith.trainer.loraread import merge, read_lora
+from lorasmith.trainer.metadata import Facts, FolderFacts, usage_hint
 from lorasmith.trainer.models import FAMILIES, Base, load_base
-from lorasmith.trainer.verify import EFFECT_TOLERANCE, WEIGHT_TOLERANCE, verify
+from lorasmith.trainer.pivotal import token_embeddings
+from lorasmith.trainer.plan import make_plan
+from lorasmith.trainer.publish import formats_of, write_embedding
+from lorasmith.trainer.run import load_run
+from lorasmith.trainer.verify import EFFECT_TOLERANCE, WEIGHT_TOLERANCE, live_changes, verify
 
 from .tiny import MAKERS
 
@@ -366,6 +379,406 @@ def test_only_the_trained_strength_is_exported(folders: dict[str, Path]):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# other forms than LoRA
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dora": {"kind": "dora", "targets": "all"},
+    "loha": {"kind": "loha", "targets": "all"},
+    "lokr": {"kind": "lokr", "targets": "all"},
+    "lokr of two whole factors": {"kind": "lokr", "rank": 512, "alpha": 256.0},
+    "oft": {"kind": "oft", "block_size": 4, "targets": "all-linear"},
+    "boft": {"kind": "boft", "block_size": 4, "targets": "all"},
+    "pissa": {"init": "pissa", "targets": "all"},
+    "olora": {"init": "olora"},
+}
+
+
+def of_kind(folder: Path, kind: str, scale: float = 0.05, **settings: Any) -> Base:
+    """A base with an adapter of that kind, none of whose weights is where it began."""
+    base = load_base(inspect_base(str(folder)))
+    put_on(base, AdapterSection(**({"rank": 4, "alpha": 6.0} | KINDS[kind] | settings)), seed=1)
+    torch.manual_seed(8)
+    for parameter in trained_weights(base).values():
+        parameter.data.add_(scale * torch.randn_like(parameter))
+    return base
+
+
+@pytest.mark.parametrize("scale", [0.05, 1e-5])
+@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_written_and_verified(
+    folders: dict[str, Path], tmp_path: Path, kind: str, family: FamilyName, scale: float
+):
+    base = of_kind(folders[family], kind, scale)
+    exported = export(base, tmp_path / "style.safetensors", Facts("style"), lambda: freshly(base))
+    assert exported.verification is not None
+    assert set(exported.verification.answers) == set(base.components)
+
+    changes = read_lora(exported.path, freshly(base).components, family)
+    assert {delta.form for own in changes.values() for delta in own} == {FORM_OF[base_kind(kind)]}
+    if scale == 0.05:
+        fresh = freshly(base)
+        before, live = picture(fresh.pipeline()), picture(base.pipeline())
+        merge(fresh.components, changes)
+        assert distance(picture(fresh.pipeline()), live) < PICTURE_TOLERANCE * distance(live, before)
+
+
+def base_kind(kind: str) -> Any:
+    return KINDS[kind].get("kind", "lora")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_verified_on_a_base_of_half_precision(
+    folders: dict[str, Path], tmp_path: Path, kind: str, dtype: torch.dtype
+):
+    base = of_kind(folders["sd1"], kind)
+    for module in base.components.values():
+        for name, parameter in module.named_parameters():
+            if "lora_" not in name and not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+    export(base, tmp_path / "style.safetensors", Facts("style"), lambda: load_base(base.info, dtype))
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_diffusers_loads_the_dora_of_a_unet(folders: dict[str, Path], tmp_path: Path, family: FamilyName):
+    base = of_kind(folders[family], "dora", text_encoder=False)
+    export(base, tmp_path / "style.safetensors", Facts("style"), lambda: freshly(base), "diffusers")
+    pipeline = plain_pipeline(folders[family], family)
+    before = picture(pipeline)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="style.safetensors")
+    live = picture(base.pipeline())
+    assert distance(live, picture(pipeline)) < PICTURE_TOLERANCE * distance(live, before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("dora", "text_encoder: diffusers does not load the lengths"),
+        ("loha", "diffusers has no format for what is a loha"),
+        ("lokr", "diffusers has no format for what is a lokr"),
+        ("oft", "diffusers has no format for what is a full"),
+    ],
+)
+def test_what_diffusers_does_not_load_is_not_written_for_it(
+    folders: dict[str, Path], tmp_path: Path, kind: str, says: str
+):
+    base = of_kind(folders["sd1"], kind)
+    with pytest.raises(ExportError, match=says):
+        export(base, tmp_path / "style.safetensors", Facts("style"), lambda: freshly(base), "diffusers")
+    assert list(tmp_path.iterdir()) == []
+
+
+def first(weights: dict[str, Any], ending: str) -> str:
+    return next(key for key in weights if key.startswith("lora_unet") and key.endswith(ending))
+
+
+def scaled(ending: str) -> Any:
+    def change(weights: dict[str, Any]) -> None:
+        for key in weights:
+            if key.startswith("lora_unet") and key.endswith(ending):
+                weights[key] = weights[key] * 1.5
+
+    return change
+
+
+def dropped(ending: str) -> Any:
+    def change(weights: dict[str, Any]) -> None:
+        del weights[first(weights, ending)]
+
+    return change
+
+
+def as_columns(weights: dict[str, Any]) -> None:
+    key = first(weights, "to_q.dora_scale")
+    weights[key] = weights[key].T.contiguous()
+
+
+def nothing(ending: str) -> Any:
+    def change(weights: dict[str, Any]) -> None:
+        for key in weights:
+            if key.startswith("lora_te") and key.endswith(ending):
+                weights[key].zero_()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "says"),
+    [
+        ("dora", scaled(".dora_scale"), "its change is off by"),
+        ("dora", dropped(".dora_scale"), "dora_scale was trained, but is missing"),
+        ("dora", as_columns, "has other shapes"),
+        ("loha", scaled(".alpha"), r"off by 50.00% in the file \(allowed 0.20%; alpha 9 at rank 4, live 6 at 4\)"),
+        ("loha", scaled(".hada_w2_b"), "its change is off by 50.00%"),
+        ("loha", dropped(".hada_w1_a"), "hada_w1_a was trained, but is missing"),
+        ("lokr", scaled(".lokr_w1"), "its change is off by 50.00%"),
+        ("lokr of two whole factors", scaled(".lokr_w2"), r"off by 50.0\d% in the file \(allowed 0.20%\)"),
+        ("loha", nothing(".hada_w2_a"), "text_encoder was trained, but all its changes are zero"),
+        ("oft", scaled(".diff"), "its change is off by 50.00%"),
+        ("oft", dropped(".diff"), "diff was trained, but is missing"),
+        ("pissa", scaled(".lora_up.weight"), "its change is off by 50.00%"),
+    ],
+)
+def test_a_file_of_any_kind_that_differs_is_rejected(
+    folders: dict[str, Path], tmp_path: Path, kind: str, change: Any, says: str
+):
+    base, path = of_kind(folders["sd1"], kind), tmp_path / "bad.safetensors"
+    spoil(base, path, change)
+    with pytest.raises(ExportError, match=re.compile(says, re.DOTALL)):
+        verify(path, base, lambda: freshly(base))
+    assert (tmp_path / "bad.safetensors.rejected").exists()
+
+
+def test_clients_that_ignore_alpha_beside_two_whole_factors_make_the_same_change(
+    folders: dict[str, Path], tmp_path: Path
+):
+    base = of_kind(folders["sd1"], "lokr of two whole factors")
+    weights = load_file(write(base, tmp_path / "x.safetensors", "kohya", Facts("x"), "fp32").path)
+    assert {float(tensor) for key, tensor in weights.items() if key.endswith(".alpha")} == {1.0}
+    for delta in deltas(base.unet):
+        name = kohya_name("sd1", "unet", delta.name)
+        change = torch.kron(weights[f"{name}.lokr_w1"], weights[f"{name}.lokr_w2"])
+        torch.testing.assert_close(change, base.unet.get_submodule(delta.name).get_delta_weight(ADAPTER))
+
+
+@pytest.mark.parametrize("kind", ["dora", "loha", "oft", "pissa"])
+def test_no_kind_is_exported_at_another_strength(folders: dict[str, Path], kind: str):
+    base = of_kind(folders["sd1"], kind)
+    with strength(base, 0.5), pytest.raises(ExportError, match=r"strength 0.5, not 1|merged or switched off"):
+        castable(base, None, "kohya", torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "arguments"),
+    [
+        ("dora", "lycoris.kohya", {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}),
+        ("loha", "lycoris.kohya", {"algo": "loha"}),
+        ("lokr", "lycoris.kohya", {"algo": "lokr"}),
+        ("oft", "lycoris.kohya", {"algo": "full"}),
+        ("pissa", "networks.lora", {"conv_dim": "Dynamic", "conv_alpha": "6.0"}),
+    ],
+)
+def test_the_header_names_the_network(
+    folders: dict[str, Path], tmp_path: Path, kind: str, module: str, arguments: dict[str, str]
+):
+    base = of_kind(folders["sd1"], kind)
+    header = LoraFile.open(write(base, tmp_path / "x.safetensors", "kohya", Facts("x")).path).metadata
+    assert header["ss_network_module"] == module
+    assert json.loads(header["ss_network_args"]).items() >= (arguments if module != "networks.lora" else {}).items()
+    assert ("ss_network_dim" in header) == (kind != "oft")
+    found = inspect(tmp_path / "x.safetensors")
+    assert (found["format"], found["other_keys"]) == ("kohya", [])
+    assert list(found["components"]["unet"]["forms"]) == [FORM_OF[base_kind(kind)]]
+
+
+def test_what_clients_do_not_read_is_told_before_training():
+    assert unread_by("lora") == []
+    assert unread_by("loha") == [
+        "loha: diffusers and sd-scripts do not read it; lorasmith bake writes a plain LoRA of it."
+    ]
+    for form in ("dora", "lokr", "full"):
+        assert all(sentence.startswith(f"{form}: ") for sentence in unread_by(form))
+        assert any("lorasmith bake" in sentence for sentence in unread_by(form))
+    assert "ComfyUI" in unread_by("dora")[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# baking
+
+
+@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_baked_lora_of_full_rank_draws_what_was_trained(
+    folders: dict[str, Path], tmp_path: Path, kind: str, family: FamilyName
+):
+    base = of_kind(folders[family], kind)
+    changes, facts = bake(base, live_changes(base), 512)
+    assert all(lost < 1e-5 for lost in facts.lost.values())
+    assert facts.lost.keys() == base.components.keys()
+    file = tmp_path / "plain.safetensors"
+    export(base, file, Facts("plain", baked=facts), lambda: freshly(base), "kohya", "fp16", changes)
+    pipeline = plain_pipeline(folders[family], family)
+    before, live = picture(pipeline), picture(base.pipeline())
+    pipeline.load_lora_weights(str(tmp_path), weight_name=file.name)
+    assert distance(live, picture(pipeline)) < PICTURE_TOLERANCE * distance(live, before)
+
+
+def test_a_baked_lora_of_low_rank_says_what_it_lost(folders: dict[str, Path], tmp_path: Path):
+    base = of_kind(folders["sd1"], "loha")
+    changes, facts = bake(base, live_changes(base), 2)
+    before, after = 0.0, 0.0
+    for delta in deltas(base.unet):
+        values = torch.linalg.svdvals(delta.of(base_weight(base.unet, delta.name)).flatten(1).double())
+        before, after = before + float((values**2).sum()), after + float((values[2:] ** 2).sum())
+    assert facts.lost["unet"] == pytest.approx((after / before) ** 0.5, rel=1e-4)
+    assert 0.1 < facts.lost["unet"] < 1
+
+    exported = export(base, tmp_path / "x.safetensors", Facts("x", baked=facts), lambda: freshly(base), changes=changes)
+    header = LoraFile.open(exported.path).metadata
+    assert header["lorasmith_baked_rank"] == header["ss_network_dim"] == "2"
+    assert json.loads(header["lorasmith_baked_lost"])["unet"] == pytest.approx(facts.lost["unet"], abs=1e-6)
+    assert header["ss_network_module"] == "networks.lora"
+
+
+def test_a_damaged_baked_file_is_rejected(folders: dict[str, Path], tmp_path: Path):
+    base, path = of_kind(folders["sd1"], "loha"), tmp_path / "x.safetensors"
+    changes, facts = bake(base, live_changes(base), 2)
+    write(base, path, "kohya", Facts("x", baked=facts), changes=changes)
+    weights = load_file(path)
+    double_alpha(weights)
+    save_file(weights, path)
+    with pytest.raises(ExportError, match=r"off by 100\.00%"):
+        verify(path, base, lambda: freshly(base), changes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_is_baked_on_the_base_it_was_made_for(folders: dict[str, Path], tmp_path: Path, kind: str):
+    base, source, target = of_kind(folders["sdxl"], kind), tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    write(base, source, "kohya", all_facts(), "fp32")
+    made = bake_file(source, 512, target, str(folders["sdxl"]), "fp32")
+    assert all(lost < 1e-5 for lost in made.facts.lost.values())
+    fresh = freshly(base)
+    for component, own in read_lora(target, fresh.components, "sdxl").items():
+        live = {delta.name: delta for delta in deltas(base.components[component])}
+        for delta in own:
+            weight = fresh.components[component].get_submodule(delta.name).weight
+            torch.testing.assert_close(delta.of(weight), live[delta.name].of(weight), rtol=1e-3, atol=1e-5)
+    raw, header = target.read_bytes(), LoraFile.open(target).metadata
+    digest = hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
+    assert header["sshs_model_hash"] == header["modelspec.hash_sha256"].removeprefix("0x") == digest
+    assert header["ss_output_name"] == header["modelspec.title"] == "new"
+    assert header["ss_network_module"] == "networks.lora"
+    assert json.loads(header["ss_tag_frequency"]) == {"photos": {"house": 3, "ein Häuschen": 1}}
+    assert {path.name for path in tmp_path.iterdir()} == {"old.safetensors", "new.safetensors"}
+
+
+def test_a_file_for_a_published_model_is_baked_without_a_base(tmp_path: Path):
+    name, random = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", torch.Generator()
+    sizes = {"w1_a": (320, 2), "w1_b": (2, 768), "w2_a": (320, 2), "w2_b": (2, 768)}
+    weights = {f"{name}.hada_{leaf}": torch.randn(size, generator=random) for leaf, size in sizes.items()}
+    save_file(weights, tmp_path / "old.safetensors")
+    seen: list[tuple[int, int]] = []
+    made = bake_file(tmp_path / "old.safetensors", 4, tmp_path / "new.safetensors", progress=lambda *n: seen.append(n))
+    assert made.facts.lost["unet"] < 1e-5  # the product of two matrices of rank 2 has rank 4
+    assert seen == [(1, 1)]
+    assert inspect(tmp_path / "new.safetensors")["family"] == "sd1"
+    assert LoraFile.open(tmp_path / "new.safetensors").metadata["ss_base_model_version"] == "sd_v1"
+
+
+def test_a_file_that_cannot_be_baked_is_refused_with_what_is_missing(folders: dict[str, Path], tmp_path: Path):
+    def refused(weights: dict[str, Any], says: str) -> None:
+        save_file(weights, tmp_path / "old.safetensors")
+        with pytest.raises(UserError, match=re.compile(says, re.DOTALL)):
+            bake_file(tmp_path / "old.safetensors", 4, tmp_path / "new.safetensors")
+        assert not (tmp_path / "new.safetensors").exists()
+
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    lora = {f"{name}.lora_down.weight": torch.ones(2, 768), f"{name}.lora_up.weight": torch.ones(320, 2)}
+    refused(lora | {f"{name}.dora_scale": torch.ones(320, 1)}, "is a DoRA, .*--base")
+    refused({f"{name}.diff": torch.ones(8, 8)}, "is for a base that cannot be told: .*--base")
+    refused(lora | {f"{name}.lora_up.weight": torch.ones(8, 2)}, "does not change.*--base: not given, so")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# by the command
+
+
+@pytest.fixture
+def finished(folders: dict[str, Path], short_run: Any, request: pytest.FixtureRequest) -> RunFolder:
+    """The folder of a trained run, by family and adapter."""
+    family, adapter = request.param
+    settings = {"rank": 4, "alpha": 4.0} | adapter
+    rates = {"text_encoder_lr": 1e-3 if adapter.get("text_encoder", True) else 0.0}
+    config = short_run(base={"model": str(folders[family])}, adapter=settings, optimizer=rates, budget={"images": 4})
+    plan = make_plan(config)
+    trainer = Trainer(plan, create_run(plan.config), lambda event: None)
+    assert trainer.train(lambda: False) == "finished"
+    return trainer.run
+
+
+def command(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("finished", [("sd1", {"kind": "loha"})], indirect=True)
+def test_a_run_and_its_file_are_baked_by_the_command(finished: RunFolder, folders: dict[str, Path], tmp_path: Path):
+    told = command("export", finished.path, "--out", tmp_path)
+    assert told.split() == [str(tmp_path / "short.safetensors")]
+    card = (tmp_path / "short.md").read_text(encoding="utf-8")
+    assert "The file is a loha" in card
+    assert "lorasmith bake short.safetensors --rank 32" in card
+    assert "load_lora_weights" not in card
+    assert "diffusers" not in card.split("---")[1]
+    with pytest.raises(UserError, match=r"no format 'diffusers' of this run.*--bake RANK"):
+        command("export", finished.path, "--format", "diffusers", "--out", tmp_path)
+
+    told = command("export", finished.path, "--bake", 2, "--out", tmp_path)
+    assert re.search(r"unet: \d+\.\d\d% of the change is lost\ntext_encoder: ", told)
+    for name in ("short-baked2", "short-baked2-diffusers"):
+        assert inspect(tmp_path / f"{name}.safetensors")["components"]["unet"]["forms"].keys() == {"lora"}
+    card = (tmp_path / "short-baked2.md").read_text(encoding="utf-8")
+    assert "| baked to rank | 2 |" in card
+    assert "weight_name='short-baked2.safetensors'" in card
+
+    arguments = ("bake", tmp_path / "short.safetensors", "--rank", 2, "--base", folders["sd1"])
+    assert "of the change is lost" in command(*arguments, "--out", tmp_path / "again.safetensors")
+    with pytest.raises(UserError, match="exists already"):
+        command(*arguments, "--out", tmp_path / "again.safetensors")
+
+
+@pytest.mark.parametrize(
+    "finished", [(family, {"new_tokens": 2, "text_encoder": False}) for family in ("sd1", "sdxl")], indirect=True
+)
+def test_embeddings_of_new_tokens_are_a_file_that_diffusers_loads(
+    finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    told = command("export", finished.path, "--precision", "fp32", "--out", tmp_path)
+    file = tmp_path / "short-embedding" / "trg.safetensors"
+    assert str(file) in told
+    assert (
+        "It needs the embedding trg.safetensors"
+        in LoraFile.open(tmp_path / "short.safetensors").metadata["modelspec.usage_hint"]
+    )
+    base = load_run(finished.path, None).base
+    vectors, family = load_file(file), base.info.family
+    names = {"sd1": {"emb_params": 32}, "sdxl": {"clip_l": 32, "clip_g": 48}}[family]
+    assert {name: tuple(vector.shape) for name, vector in vectors.items()} == {n: (2, w) for n, w in names.items()}
+
+    pipeline = plain_pipeline(Path(base.info.source), family)
+    card = (tmp_path / "short.md").read_text(encoding="utf-8")
+    loading = re.findall(r"^(?:import safetensors|vectors = |pipeline\.load_).*$", card, re.MULTILINE)
+    assert len(loading) == {"sd1": 2, "sdxl": 5}[family]
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(loading), {"pipeline": pipeline})
+    theirs = pipeline.encode_prompt(
+        "a trg house", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )[0]
+    torch.testing.assert_close(theirs, base.encode(["a trg house"]).hidden, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("finished", [("sd1", {"new_tokens": 1})], indirect=True)
+def test_embeddings_that_hold_nan_are_refused(finished: RunFolder, tmp_path: Path):
+    trained_run = load_run(finished.path, None)
+    next(iter(token_embeddings(trained_run.base).values()))[0, 0] = torch.nan
+    with pytest.raises(ExportError, match="embeddings of the new tokens hold NaN"):
+        write_embedding(trained_run.base, tmp_path / "trg.safetensors")
+    assert list(tmp_path.glob("trg*")) == []
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "full"])
+@pytest.mark.parametrize("text_encoder", [True, False])
+def test_formats_follow_from_what_is_trained(kind: Any, text_encoder: bool):
+    adapter = {"kind": kind, "text_encoder": text_encoder}
+    config = RunConfig.model_validate({"name": "x", "data": [{"path": "photos"}], "adapter": adapter})
+    expected = {"full": ("ldm", "diffusers"), "loha": ("kohya",)}.get(kind, ("kohya", "diffusers"))
+    assert formats_of(config) == (("kohya",) if kind == "dora" and text_encoder else expected)
+    assert formats_of(config, baked=True) == ("kohya", "diffusers")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # names
 
 
@@ -584,6 +997,11 @@ def test_a_base_from_the_hub_is_named_in_the_card():
     front = front_matter(Facts("x"), info, None)
     assert front["base_model"] == name
     assert front["base_model_relation"] == "adapter"
+
+
+def test_a_lora_for_a_merged_base_says_what_it_goes_with(folders: dict[str, Path]):
+    info = replace(inspect_base(str(folders["sdxl"])), merges=(("/home/somebody/detail.safetensors", 0.6),))
+    assert usage_hint(Facts("x"), info) == "It was trained with detail.safetensors at 0.6 on: load that beside it."
 
 
 @pytest.mark.parametrize("format", FORMATS)

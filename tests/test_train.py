@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,10 +131,28 @@ def test_accumulating_is_the_same_as_a_larger_batch_of_the_same_images(short_run
     assert step.images == sum(len(batch) for batch in batches)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_stop_and_resume_equals_an_unbroken_run_bit_for_bit(schedule, short_run):
+RESUMED: dict[str, dict[str, Any]] = {
+    "cosine": {"optimizer": {"schedule": "cosine"}},
+    "linear": {"optimizer": {"schedule": "linear"}},
+    "constant": {"optimizer": {"schedule": "constant"}},
+    "dora": {"adapter": {"kind": "dora"}},
+    "loha with dropout": {"adapter": {"kind": "loha", "rank_dropout": 0.3, "module_dropout": 0.3}},
+    "lokr": {"adapter": {"kind": "lokr"}},
+    "oft": {"adapter": {"kind": "oft", "rank": 16, "alpha": 16.0}},
+    "lora with dropout": {"adapter": {"dropout": 0.3}},
+    "pissa": {"adapter": {"init": "pissa"}},
+    "olora": {"adapter": {"init": "olora"}},
+    "eva": {"adapter": {"init": "eva"}},
+    "new tokens": {"adapter": {"new_tokens": 2}},
+    "coarser noise": {"objective": {"multires_noise_iterations": 4, "input_perturbation": 0.1}},
+    "averages": {"optimizer": {"ema_decay": 0.9}},
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_stop_and_resume_equals_an_unbroken_run_bit_for_bit(case, short_run):
     budget = {"images": 24, "batch": 2, "accumulate": 2}
-    settings = {"budget": budget, "optimizer": {"schedule": schedule}, "objective": {"noise_offset": 0.1}}
+    settings = {"budget": budget, "objective": {"noise_offset": 0.1}} | RESUMED[case]
     unbroken, _ = train_weights(short_run(**settings))
 
     plan = make_plan(short_run(name="broken", **settings))

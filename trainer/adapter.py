@@ -44,13 +44,16 @@ def scale_of(layer: BaseTunerLayer) -> float | None:
 
 def deltas(component: nn.Module) -> Iterator[Delta]:
     """What the adapters change in the layers of one component, read live, at the scale they really apply."""
-    for name, layer in tuner_layers(component):
-        if isinstance(layer, LoraLayer):
-            yield _delta_of_lora(name, layer)
-        elif isinstance(layer, LycorisLayer):
-            yield _delta_of_lycoris(name, layer)
-        else:
-            yield Delta(name, {"diff": _rotated(layer) - _weight(layer).float()}, 0.0)
+    return (delta_of(name, layer) for name, layer in tuner_layers(component))
+
+
+def delta_of(name: str, layer: BaseTunerLayer) -> Delta:
+    """What the adapter of one layer changes."""
+    if isinstance(layer, LoraLayer):
+        return _delta_of_lora(name, layer)
+    if isinstance(layer, LycorisLayer):
+        return _delta_of_lycoris(name, layer)
+    return Delta(name, {"diff": _rotated(layer) - _weight(layer).float()}, 0.0)
 
 
 def base_weight(component: nn.Module, name: str) -> Tensor:
@@ -59,7 +62,7 @@ def base_weight(component: nn.Module, name: str) -> Tensor:
     assert isinstance(layer, BaseTunerLayer), name
     initial = initial_of(layer)
     weight = _weight(layer)
-    return weight if initial is None else (weight.float() + initial.of(weight)).to(weight.dtype)
+    return weight if initial is None else initial.original.to(weight.device)
 
 
 def _delta_of_lora(name: str, layer: LoraLayer) -> Delta:
@@ -151,12 +154,11 @@ def _replaced(base: Base, factor: float) -> Iterator[None]:
     try:
         with torch.no_grad():
             for component in base.components.values():
-                for delta in list(deltas(component)):
-                    layer = cast(Any, component.get_submodule(delta.name))
-                    weight, original = _weight(layer), base_weight(component, delta.name)
+                for name, layer in tuner_layers(component):
+                    weight, original = _weight(layer), base_weight(component, name)
                     kept.append((layer, weight.cpu().clone()))
-                    changed = original.float() + factor * delta.of(original) if factor else original
-                    weight.copy_(changed)
+                    change = factor * delta_of(name, layer).of(original) if factor else 0.0
+                    weight.copy_(original.float() + change)
                     layer.enable_adapters(False)
         yield
     finally:
@@ -200,7 +202,7 @@ def load_adapter_state(base: Base, state: dict[str, Tensor]) -> None:
             "Use the config.toml and the base that the run was started with.",
         )
     for name, layer in _begun(base):
-        restart(layer, Initial(state[f"{name}.initial_down"], state[f"{name}.initial_up"], _initial(layer).scale))
+        restart(layer, state[f"{name}.initial_down"], state[f"{name}.initial_up"])
     for name, tensor in live.items():
         tensor.copy_(state[name])
 

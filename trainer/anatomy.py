@@ -19,8 +19,8 @@ from .models import FAMILIES, Base
 from .singlefile import read_single_file
 
 
-def foreseen_parts(info: BaseInfo, config: RunConfig) -> list[Part]:
-    """What a run will train, counted before anything is loaded.
+def foreseen_parts(info: BaseInfo, config: RunConfig, afresh: bool = True) -> list[Part]:
+    """What a run will train, counted before anything is loaded; one that goes on needs not what it started from.
 
     Raises:
         ConfigError: for blocks that are not there, layers that cannot take the adapter, and parts that hold nothing.
@@ -29,7 +29,7 @@ def foreseen_parts(info: BaseInfo, config: RunConfig) -> list[Part]:
     base, adapter = skeleton(info), config.adapter
     for file, _ in info.merges:
         read_lora(Path(file), base.components, info.family)
-    start = read_start(adapter, base)
+    start = read_start(adapter, base) if afresh else {}
     put_on(base, adapter, config.seed, config.block, config.trigger, start)
     return parts(base, config)
 

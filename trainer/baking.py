@@ -38,9 +38,9 @@ class BakedFile:
 def bake(
     base: Base, changes: Changes, rank: int, progress: Progress | None = None
 ) -> tuple[dict[str, list[Delta]], BakedFacts]:
-    """Plain LoRAs, of at most a rank, of the changes of a base's layers; where all are zero, there is nothing to bake.
+    """The nearest plain LoRAs, of at most a rank, to the changes of a base's layers, and what they lack.
 
-    Each layer's is the nearest one. Of `base`, shapes are enough unless there are DoRAs.
+    Of `base`, shapes are enough unless there are DoRAs.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plain: dict[str, list[Delta]] = {}

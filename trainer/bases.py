@@ -67,7 +67,7 @@ class BaseInfo:
         own = _identity(self.source, "*/*.safetensors", self.revision)
         pattern = f"{self.vae_subfolder or '.'}/*.safetensors"
         vae = f" with the VAE {_identity(self.vae, pattern, self.vae_revision)}" if self.vae else ""
-        return own + vae + "".join(f" with {_identity(file, '', '')} at {at:g}" for file, at in self.merges)
+        return own + vae + "".join(f" with {_identity(file, '', '')} at {at!r}" for file, at in self.merges)
 
     @property
     def title(self) -> str:

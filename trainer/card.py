@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bases import FAMILY_TITLES, BaseInfo, FamilyName
-from .clients import CLIENTS, COMPATIBILITY, FORM_OF
+from .clients import FORM_OF, read_by
 from .files import atomic_file, write_text
 from .idle import LOW_RANK
 from .metadata import Facts, embedding_file, flat, iso_date, last_part, license_of, usage_hint
@@ -122,7 +122,7 @@ def _reading(facts: Facts, info: BaseInfo, file: str, base: str) -> Iterator[str
     """Which programs read a LoRA, if not all do, and how diffusers loads it, if it does."""
     form = form_of(facts)
     if facts.config is not None and form != "lora":
-        readers = [client for client in CLIENTS if COMPATIBILITY[form][client] == "same" and client != "diffusers"]
+        readers = [client for client in read_by(form, "same") if client != "diffusers"]
         yield (
             f"**Kind.** The file is a {facts.config.adapter.kind}, which not all programs read as it was trained: "
             f"{', '.join(readers) or 'those that use LyCORIS'} do. A plain LoRA of it, for all others, is written by "

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -38,6 +39,7 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated.")
 ]
+FilePrecision = Annotated[Literal["fp16", "bf16", "fp32"], typer.Option("--precision", help="Precision of the file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 
 
@@ -403,24 +405,64 @@ def export(
     format_: Annotated[
         str, typer.Option("--format", help="kohya or diffusers; of a whole model, ldm or diffusers; all if not given.")
     ] = "",
-    precision: Annotated[Literal["fp16", "bf16", "fp32"], typer.Option(help="Precision of the file.")] = "fp16",
+    precision: FilePrecision = "fp16",
     out: Annotated[Path | None, typer.Option(help="The folder; the run's exports/ if not given.")] = None,
+    bake: Annotated[
+        int | None, typer.Option(min=1, metavar="RANK", help="Write a plain LoRA of this rank of whatever was trained.")
+    ] = None,
 ) -> None:
     """Write the files to share, load them back, and compare them with the trained model."""
     if out:
         _refuse_unwritable(out, "--out")
 
     from .jobs import open_run
-    from .publish import FORMATS
+    from .lorafile import LoraFile
+    from .publish import formats_of
     from .run import export_run
 
-    there = FORMATS[open_run(path).read_config().adapter.kind]
+    config = open_run(path).read_config()
+    if bake and config.adapter.kind == "full":
+        raise UserError("has no effect: the run trained the base's own weights", "--bake", "Remove it.")
+    there = formats_of(config, baked=bool(bake))
     wanted = [name.strip() for name in format_.split(",")] if format_ else list(there)
     formats: list[Format] = [name for name in there if name in wanted]
     if unknown := [name for name in wanted if name not in there]:
-        raise UserError(f"there is no format {unknown[0]!r} of this run", "--format", f"Formats: {', '.join(there)}.")
-    for file in export_run(path, step, formats, out, precision):
+        fix = f"Formats: {', '.join(there)}."
+        if unknown[0] == "diffusers":
+            fix += " diffusers does not load this kind; with --bake RANK a plain LoRA is written, which it does."
+        raise UserError(f"there is no format {unknown[0]!r} of this run", "--format", fix)
+    files = export_run(path, step, formats, out, precision, bake or 0)
+    for file in files:
         typer.echo(file)
+    if bake:
+        _say_what_is_lost(json.loads(LoraFile.open(files[0]).metadata["lorasmith_baked_lost"]))
+
+
+@app.command()
+def bake(
+    file: Annotated[Path, typer.Argument(help="A LoRA .safetensors file of any kind and trainer.")],
+    rank: Annotated[int, typer.Option(min=1, help="The rank of the plain LoRA.")],
+    out: Annotated[Path, typer.Option(help="The new .safetensors file.")],
+    base: Annotated[
+        str, typer.Option(help="The base it was made for, as in base.model. Only a DoRA, or an unusual base, needs it.")
+    ] = "",
+    precision: FilePrecision = "fp16",
+) -> None:
+    """Make a plain LoRA, which every client reads, of a LoHa, LoKr, DoRA, full file, or LoRA of a larger rank."""
+    if out.exists():
+        raise UserError("exists already", str(out), "Choose another name.")
+    if out.suffix != ".safetensors":
+        raise UserError("does not end in .safetensors", str(out), "Clients go by the ending: add it.")
+    _refuse_unwritable(out.parent, "--out")
+
+    from .baking import bake_file
+    from .console import Reporter
+    from .events import Phase
+
+    with Reporter() as report:
+        made = bake_file(file, rank, out, base, precision, lambda *counts: report(Phase("baking layers", *counts)))
+    typer.echo(out)
+    _say_what_is_lost(made.facts.lost)
 
 
 @app.command()
@@ -536,6 +578,11 @@ def _say_how_it_ended(finished: Finished) -> None:
             raise typer.Exit(INTERRUPTED)
     for file in finished.exports:
         typer.echo(file)
+
+
+def _say_what_is_lost(lost: Mapping[str, float]) -> None:
+    for component, share in lost.items():
+        typer.echo(f"{component}: {share:.2%} of the change is lost")
 
 
 def _print_json(value: Any) -> None:

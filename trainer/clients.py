@@ -28,37 +28,45 @@ FORM_OF: dict[Kind, Form] = {
 }
 """The form of the file, by `adapter.kind`; of kind "full" comes a whole model."""
 
-_LYCORIS: dict[Client, Reading] = dict.fromkeys(CLIENTS, "same") | {"diffusers": "none", "sd-scripts": "none"}
+
+def _readings(most: Reading, others: dict[Client, Reading]) -> dict[Client, Reading]:
+    return {client: others.get(client, most) for client in CLIENTS}
+
+
+_LYCORIS = _readings("same", {"diffusers": "none", "sd-scripts": "none"})
 COMPATIBILITY: dict[Form, dict[Client, Reading]] = {
-    "lora": dict.fromkeys(CLIENTS, "same"),
+    "lora": _readings("same", {}),
     # The lengths of rows: ComfyUI divides by those of the base's weight, A1111, InvokeAI, Forge and SD.Next take them
     # for those of columns, sd-scripts and stable-diffusion.cpp drop them. diffusers reads its own file of the UNet.
-    "dora": dict.fromkeys(CLIENTS, "other") | {"diffusers": "same"},
+    "dora": _readings("other", {"diffusers": "same"}),
     "loha": _LYCORIS,
     "lokr": _LYCORIS,
     "full": _LYCORIS,
 }
+_INSTEAD = "lorasmith bake writes a plain LoRA of it"
 _NOTES: dict[Form, str] = {
     "dora": "diffusers reads it of the UNet alone: with text encoders (adapter.text_encoder) no diffusers file is "
     "written.",
     "lokr": "InvokeAI does not find out for which base it is: choose it there.",
-    "full": "each adapted layer is stored whole, so that the file is as large as these layers.",
+    "full": "what oft and boft change is stored whole, so that the file is as large as the adapted layers.",
 }
 
 
 def unread_by(form: Form) -> list[str]:
     """What a person should know before training such a kind; empty for a plain LoRA."""
     told = []
-    readings = COMPATIBILITY[form]
-    if skipping := [client for client in CLIENTS if readings[client] == "none"]:
-        told.append(f"{form}: {_listed(skipping)} do not read it; lorasmith bake writes a plain LoRA of it.")
-    if differing := [client for client in CLIENTS if readings[client] == "other"]:
-        told.append(
-            f"{form}: {_listed(differing)} make another change of it; lorasmith bake writes a plain LoRA of it."
-        )
+    if skipping := read_by(form, "none"):
+        told.append(f"{form}: {_listed(skipping)} do not read it; {_INSTEAD}.")
+    if differing := read_by(form, "other"):
+        told.append(f"{form}: {_listed(differing)} make another change of it; {_INSTEAD}.")
     return told + ([f"{form}: {_NOTES[form]}"] if form in _NOTES else [])
 
 
-def _listed(names: list[Client]) -> str:
+def read_by(form: Form, how: Reading) -> list[str]:
+    """The clients that read it so."""
+    return [client for client, reading in COMPATIBILITY[form].items() if reading == how]
+
+
+def _listed(names: list[str]) -> str:
     *others, last = names
     return f"{', '.join(others)} and {last}" if others else last

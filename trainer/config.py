@@ -106,6 +106,11 @@ class DataSection(Section):
     augmentations: int = Field(default=4, ge=1, le=1000)
     """How many random crops and colours are drawn of an image; each is encoded once and cached."""
 
+    @field_validator("trigger")
+    @classmethod
+    def without_blanks(cls, trigger: str) -> str:
+        return trigger.strip()
+
     @field_validator("resolution", mode="plain")  # in place of pydantic's own, which reports a problem for each of two
     @classmethod
     def one_side_or_several(cls, given: Any) -> int | list[int]:
@@ -281,6 +286,11 @@ class OptimizerSection(Section):
                 raise ValueError(f"must be true or false, finite numbers or texts, and {name} is {value!r}")
         return options
 
+    @field_validator("kind")
+    @classmethod
+    def in_lower_case(cls, kind: str) -> str:
+        return kind.lower()
+
 
 class ObjectiveSection(Section):
     """What the model is asked to predict, and how its errors are weighed."""
@@ -432,7 +442,7 @@ class RunConfig(Section):
             if key not in self.optimizer.model_fields_set:
                 if not getattr(self.adapter, part):
                     setattr(self.optimizer, key, 0.0)
-                elif self.optimizer.kind.lower() in RATE_FREE:
+                elif self.optimizer.kind in RATE_FREE:
                     setattr(self.optimizer, key, 1.0)
 
 

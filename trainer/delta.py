@@ -82,7 +82,7 @@ class Delta:
         directions = weight.to(dtype) + change
         axis = 0 if t["dora_scale"].shape[0] == weight.shape[0] else 1
         others = [dim for dim in range(weight.dim()) if dim != axis]
-        lengths = directions.norm(dim=others, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+        lengths = torch.linalg.vector_norm(directions, dim=others, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
         return directions * (t["dora_scale"].reshape(lengths.shape) / lengths) - weight.to(dtype)
 
     def fits(self, shape: Sequence[int]) -> bool:
@@ -106,7 +106,8 @@ def _lora(t: Mapping[str, Tensor]) -> Tensor:
     up, down = t["lora_up.weight"], t["lora_down.weight"]
     if "lora_mid.weight" in t:  # Tucker: a small convolution between two 1x1 ones
         return torch.einsum("ijkl,jr,pi->prkl", t["lora_mid.weight"], down.flatten(1), up.flatten(1))
-    return up.flatten(1) @ down.flatten(1)
+    product = up.flatten(1).double() @ down.flatten(1).double()  # the parts of a PiSSA's cancel
+    return product.to(up.dtype)
 
 
 def _loha(t: Mapping[str, Tensor]) -> Tensor:

@@ -1,7 +1,8 @@
 """The file to share: the adapter's weights under names that clients read, written, read back and compared.
 
-The weights are taken from the live PEFT layers, with the scale they really apply, or from plain LoRAs baked of them. An export is done only when the file
-on disk was loaded into a fresh pipeline and found to be the same as the trained model (`verify`).
+The weights are taken from the live PEFT layers, with the scale they really apply, or from plain LoRAs baked of them.
+An export is done only when the file on disk was loaded into a fresh pipeline and found to be the same as the trained
+model (`verify`).
 """
 
 from __future__ import annotations
@@ -131,13 +132,15 @@ def tensors(base: Base, written: Changes, format: Format) -> dict[str, Tensor]:
         for delta in changes:
             name = base_name(family, component, delta.name, format, per_block)
             own = dict(delta.tensors) | {ALPHA: torch.tensor(delta.alpha, dtype=torch.float32)}
-            if (
-                format == "diffusers" and "dora_scale" in own
-            ):  # in PEFT's shape: (out,), of a convolution (1, out, 1, 1)
-                lengths = own["dora_scale"]
-                own["dora_scale"] = lengths.flatten() if lengths.dim() == 2 else lengths.transpose(0, 1).contiguous()
+            if format == "diffusers" and "dora_scale" in own:
+                own["dora_scale"] = _lengths_of_peft(own["dora_scale"])
             weights |= {name + leaf_of(leaf, format): own[leaf] for leaf in tensor_names(delta, format)}
     return weights
+
+
+def _lengths_of_peft(lengths: Tensor) -> Tensor:
+    """(out, 1) to (out,), and of a convolution (out, 1, 1, 1) to (1, out, 1, 1)."""
+    return lengths.flatten() if lengths.dim() == 2 else lengths.transpose(0, 1).contiguous()
 
 
 def castable(base: Base, changes: Changes | None, format: Format, dtype: torch.dtype) -> dict[str, list[Delta]]:
@@ -149,10 +152,7 @@ def castable(base: Base, changes: Changes | None, format: Format, dtype: torch.d
     Raises:
         ExportError: if a layer cannot be written, holds NaN or infinity, or a whole component has no effect.
     """
-    if changes is None:
-        for component, module in base.components.items():
-            _require(_unfit(component, module))
-        changes = live_changes(base)
+    changes = trained_changes(base) if changes is None else changes
     _require(_unread_by_diffusers(changes) if format == "diffusers" else iter(()))
     written: dict[str, list[Delta]] = {}
     for component, deltas in changes.items():
@@ -164,6 +164,17 @@ def castable(base: Base, changes: Changes | None, format: Format, dtype: torch.d
     if not written:
         raise ExportError("the model carries no adapter", "export", "Train one, or load the run's checkpoint first.")
     return written
+
+
+def trained_changes(base: Base) -> dict[str, list[Delta]]:
+    """What the live adapters change, by component, on the CPU.
+
+    Raises:
+        ExportError: if they do not act as they were trained.
+    """
+    for component, module in base.components.items():
+        _require(_unfit(component, module))
+    return live_changes(base)
 
 
 def common_alpha(layers: Sequence[Delta]) -> float:
@@ -291,5 +302,5 @@ def shape_of(base: Base, written: Changes) -> Shape:
 
 
 def _is_convolution(layer: Any) -> bool:
-    own = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    own: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     return own.weight[0, 0].numel() > 1

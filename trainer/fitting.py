@@ -20,6 +20,7 @@ from .delta import Delta
 from .errors import ConfigError
 from .full import blocks, lies_in, path_of, trained_weights, unfreeze
 from .initial import begin, continue_from
+from .loraread import read_lora
 from .models import Base
 from .pivotal import NEW_TOKENS, add_tokens
 from .targets import Layer, layers_of, refuse_idle
@@ -80,7 +81,12 @@ def put_on(
                 torch.manual_seed(seed + offset)
                 _inject(module, name, layers[name], settings)
     for name, changes in (start or {}).items():
-        continue_from(dict(tuner_layers(base.components[name])), changes, ADAPTER, settings.start_from)
+        if name not in components:
+            fix = f"Set adapter.{'unet' if name == 'unet' else 'text_encoder'} = true."
+            raise ConfigError(f"holds changes of {name}, which is not trained", "adapter.start_from", fix)
+        unread = base.family.unread_layers(name, base.components[name])
+        read = [change for change in changes if not (unread and re.fullmatch(unread, change.name))]
+        continue_from(dict(tuner_layers(base.components[name])), read, ADAPTER, settings.start_from)
     if settings.new_tokens:
         add_tokens(base, trigger, settings.new_tokens, settings.token_init)
     let_drop(base, False)
@@ -94,9 +100,7 @@ def read_start(settings: AdapterSection, base: Base) -> dict[str, list[Delta]]:
     """
     if not settings.start_from:
         return {}
-    from .loraread import read_lora
-
-    return read_lora(Path(settings.start_from), base.components, base.info.family)
+    return read_lora(Path(settings.start_from).expanduser(), base.components, base.info.family)
 
 
 def _inject(module: Any, component: str, layers: Sequence[Layer], settings: AdapterSection) -> None:
@@ -106,8 +110,17 @@ def _inject(module: Any, component: str, layers: Sequence[Layer], settings: Adap
         inject_adapter_in_model(config, module, ADAPTER, low_cpu_mem_usage=module.device.type == "meta")
     for parameter in trained_parameters(module):
         parameter.data = parameter.data.float()
+    for _, layer in tuner_layers(module) if settings.kind == "dora" else ():
+        _measure_exactly(cast(LoraLayer, layer))
     for _, layer in tuner_layers(module) if settings.init in ("pissa", "olora") else ():
         begin(cast(LoraLayer, layer), settings.init, ADAPTER)
+
+
+def _measure_exactly(layer: LoraLayer) -> None:
+    """The lengths of a DoRA in fp32: in the base's half precision they would change it before it has learned."""
+    lengths, weight = cast(Any, layer.lora_magnitude_vector[ADAPTER]).weight, layer.get_base_layer().weight
+    if weight.device.type != "meta":
+        lengths.data = cast(Tensor, weight).float().flatten(1).norm(dim=1).view(lengths.shape)
 
 
 def _peft_config(module: Any, component: str, layers: Sequence[Layer], settings: AdapterSection) -> PeftConfig:
@@ -122,8 +135,8 @@ def _peft_config(module: Any, component: str, layers: Sequence[Layer], settings:
         )
     common |= {
         "r": settings.rank,
-        "rank_pattern": {_exactly(layer): layer.rank for layer in layers if layer.rank != settings.rank},
-        "alpha_pattern": {_exactly(layer): layer.alpha for layer in layers if layer.alpha != settings.alpha},
+        "rank_pattern": _pattern({layer.name: layer.rank for layer in layers if layer.rank != settings.rank}),
+        "alpha_pattern": _pattern({layer.name: layer.alpha for layer in layers if layer.alpha != settings.alpha}),
     }
     if settings.kind in ("lora", "dora"):
         return LoraConfig(
@@ -144,8 +157,12 @@ def _peft_config(module: Any, component: str, layers: Sequence[Layer], settings:
     return LoKrConfig(decompose_factor=settings.decompose_factor, **common)
 
 
-def _exactly(layer: Layer) -> str:
-    return f"^{re.escape(layer.name)}$"
+def _pattern(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by layer to values by pattern, as PEFT takes them; one for each value, for it tries all on every layer."""
+    names: dict[Any, list[str]] = {}
+    for name, value in values.items():
+        names.setdefault(value, []).append(re.escape(name))
+    return {f"^(?:{'|'.join(alike)})$": value for value, alike in names.items()}
 
 
 def _require_blocks(module: nn.Module, component: str, layers: Sequence[Layer], size: int) -> None:

@@ -5,6 +5,7 @@ A complete file spells out the defaults as well, so a setting may always stand a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,7 @@ def dropped_by(switch: str, value: Any) -> Iterator[str]:
     yield from (dotted for dotted, number in OF_NUMBERS.items() if number == switch and not value)
     if switch in RATE_OF and not value:
         yield RATE_OF[switch]
-    if switch == "optimizer.kind" and value in RATE_FREE:
+    if switch == "optimizer.kind" and str(value).lower() in RATE_FREE:
         yield from RATE_OF.values()
 
 
@@ -210,6 +211,9 @@ def _contradictions(config: RunConfig) -> Iterator[Problem]:
         yield Problem("adapter.new_tokens", what, "Give all [[data]] tables of the style the same trigger.")
     elif adapter.new_tokens and not next(d.trigger for d in config.data if not d.regularization):
         yield Problem("adapter.new_tokens", "needs a trigger to stand for", 'Set data.trigger = "mystyle".')
+    elif adapter.new_tokens and not re.fullmatch(r"[\w-]+", config.trigger):
+        what = f"are kept in a file that is called as the trigger, and {config.trigger!r} is no plain name"
+        yield Problem("adapter.new_tokens", what, "Take a trigger of letters, digits, _ and - only.")
     if objective.zero_terminal_snr == "on" and objective.prediction == "epsilon":
         what = "cannot be learned where the UNet predicts epsilon: pure noise says nothing of the picture"
         yield Problem("objective.zero_terminal_snr", what, 'Set it to "off", or objective.prediction = "v_prediction".')

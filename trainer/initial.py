@@ -7,17 +7,16 @@ first factors. EVA turns only the matrix that reads, so that the change is still
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
-from peft import EvaConfig, LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.eva import get_eva_state_dict
+from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor, nn
 
+from ..datasets.workers import Progress
 from .delta import Delta
 from .errors import ConfigError, Problem
 
@@ -33,6 +32,8 @@ class Initial:
     up: Tensor
     """(out, rank)."""
     scale: float
+    original: Tensor
+    """The untouched weight of the layer, on the CPU: in half precision, sums would not give it back."""
 
     def of(self, weight: Tensor) -> Tensor:
         """In the shape of the layer's weight, fp32."""
@@ -46,7 +47,7 @@ def begin(layer: LoraLayer, init: Literal["pissa", "olora"], adapter: str) -> No
         return
     if base.weight.device.type == "meta":  # only to be counted
         down, up = (cast(Any, side[adapter]).weight.detach() for side in (layer.lora_A, layer.lora_B))
-        _keep(layer, Initial(down.clone(), up.clone(), float(layer.scaling[adapter])))
+        _keep(layer, Initial(down.clone(), up.clone(), float(layer.scaling[adapter]), base.weight.detach()))
         return
     weight = base.weight.data
     if init == "pissa":
@@ -54,14 +55,11 @@ def begin(layer: LoraLayer, init: Literal["pissa", "olora"], adapter: str) -> No
     else:
         base.weight.data = weight.clone()  # it is changed in place
         layer.olora_init(adapter)
-    base.weight.data = weight
     for side in (layer.lora_A, layer.lora_B):
         matrix = cast(Any, side[adapter]).weight
         matrix.data = matrix.data.float().to(weight.device).contiguous()
     down, up = (cast(Any, side[adapter]).weight.detach().clone() for side in (layer.lora_A, layer.lora_B))
-    initial = Initial(down, up, float(layer.scaling[adapter]))
-    _keep(layer, initial)
-    _add(base, -1, initial)
+    _keep(layer, Initial(down, up, float(layer.scaling[adapter]), weight.cpu().clone()))
 
 
 def initial_of(layer: Any) -> Initial | None:
@@ -69,26 +67,19 @@ def initial_of(layer: Any) -> Initial | None:
     return getattr(layer, "_initial", None)
 
 
-def restart(layer: Any, saved: Initial) -> None:
+def restart(layer: Any, down: Tensor, up: Tensor) -> None:
     """Begin at saved factors in place of those found here: another computer may have found others."""
     own = initial_of(layer)
     assert own is not None
-    if torch.equal(own.down.cpu(), saved.down) and torch.equal(own.up.cpu(), saved.up):
-        return
-    base, device = layer.get_base_layer(), own.down.device
-    saved = Initial(saved.down.to(device), saved.up.to(device), saved.scale)
-    _add(base, 1, own)
-    _add(base, -1, saved)
-    _keep(layer, saved)
+    _keep(layer, replace(own, down=down.to(own.down.device), up=up.to(own.up.device)))
 
 
 def _keep(layer: Any, initial: Initial) -> None:
+    """Remember what an adapter begins with, and take it out of the layer's weight."""
     layer._initial = initial
-
-
-def _add(base: Any, sign: int, initial: Initial) -> None:
-    weight = base.weight.data
-    base.weight.data = (weight.float() + sign * initial.of(weight)).to(weight.dtype)
+    weight = layer.get_base_layer().weight
+    original = initial.original.to(weight.device)
+    weight.data = (original.float() - initial.of(original)).to(original.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,6 +97,8 @@ def continue_from(layers: Mapping[str, Any], deltas: Sequence[Delta], adapter: s
     problems = []
     for delta in deltas:
         layer = layers.get(delta.name)
+        if delta.form == "lora" and not delta.up.any():
+            continue
         if delta.form != "lora" or "lora_mid.weight" in delta.tensors:
             fix = f"Make a plain LoRA of it first: lorasmith bake {where} --rank {delta.rank or 16}"
             problems.append(Problem("adapter.start_from", f"{delta.name} is a {delta.form}, not a plain LoRA", fix))
@@ -139,72 +132,61 @@ def _take_over(layer: Any, delta: Delta, adapter: str) -> None:
 
 
 def look_at_data(
-    model: nn.Module,
-    layers: Mapping[str, Any],
-    batches: Sequence[Any],
-    forward: Callable[[Any, Any], Any],
-    adapter: str,
+    layers: Mapping[str, Any], batches: Sequence[Any], forward: Callable[[Any], Any], adapter: str, progress: Progress
 ) -> list[str]:
     """EVA (Paischer et al. 2024): let linear layers' adapters read along the main directions of what the layers read.
 
-    `layers` holds the adapted layers by their paths in `model`. Returns the paths of those that stay as they were:
-    convolutions, and layers that read fewer rows in a batch than their rank, so that their directions are not known.
+    `layers` holds the adapted layers by name. Returns the names of those that stay as they were: convolutions, and
+    layers that read fewer vectors in a batch, or narrower ones, than their rank, so that the directions are not known.
     """
-    rows = _rows_read(layers, lambda: forward(model, batches[0]))
-    turned = {f"{name}.base_layer": layers[name] for name, count in rows.items() if count >= layers[name].r[adapter]}
-    ranks = {name: layer.r[adapter] for name, layer in turned.items()}
-    if not ranks:
-        return list(layers)
-    config = LoraConfig(
-        r=max(ranks.values()),
-        target_modules=list(ranks),
-        rank_pattern={f"^{re.escape(name)}$": rank for name, rank in ranks.items()},
-        init_lora_weights="eva",
-        eva_config=EvaConfig(rho=1.0),  # every layer keeps its rank
-    )
-    directions = get_eva_state_dict(
-        model,
-        [_Batch(inputs) for inputs in batches],
-        peft_config=config,
-        forward_fn=lambda model, batch: forward(model, batch.inputs),
-        prepare_model_inputs_fn=None,
-        prepare_layer_inputs_fn=lambda read, *_: read[0].float().flatten(0, -2),
-        gather_distributed_inputs=False,
-        show_progress_bar=False,
-    )
-    for name, vectors in directions.items():
-        weight = turned[name].lora_A[adapter].weight
-        weight.data.copy_(vectors.to(weight))
-    return [name for name in layers if f"{name}.base_layer" not in directions]
+    readers = _readers(layers, lambda: forward(batches[0]), adapter)
+    components: dict[str, IncrementalPCA] = {
+        first: IncrementalPCA(rank, lowrank=True, lowrank_seed=0) for first, (rank, _) in readers.items()
+    }
+
+    def learn(name: str, read: tuple[Tensor, ...]) -> None:
+        vectors = read[0].detach().float().flatten(0, -2)
+        if len(vectors) >= components[name].n_components:  # a last batch may be smaller
+            components[name].partial_fit(vectors)
+
+    hooks = [_watch(layers[first], lambda read, name=first: learn(name, read)) for first in readers]
+    try:
+        for number, batch in enumerate(batches):
+            forward(batch)
+            progress(number + 1, len(batches))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for first, (_, names) in readers.items():
+        for name in names:
+            weight = layers[name].lora_A[adapter].weight
+            weight.data.copy_(components[first].components_[: len(weight)].to(weight))
+    turned = {name for _, names in readers.values() for name in names}
+    return [name for name in layers if name not in turned]
 
 
-def _rows_read(layers: Mapping[str, Any], forward: Callable[[], Any]) -> dict[str, int]:
-    """How many vectors each linear layer reads in one forward pass."""
-    rows: dict[str, int] = {}
+def _readers(layers: Mapping[str, Any], forward: Callable[[], Any], adapter: str) -> dict[str, tuple[int, list[str]]]:
+    """Layers that read the same, such as queries, keys and values, by the first: (largest rank, names)."""
+    reads: dict[str, Tensor] = {}
 
-    def count(name: str, read: tuple[Tensor, ...]) -> None:
-        rows[name] = read[0].flatten(0, -2).shape[0]
+    def note(name: str, read: tuple[Tensor, ...]) -> None:
+        reads[name] = read[0]
 
-    linear = {name: layer.base_layer for name, layer in layers.items() if isinstance(layer.base_layer, nn.Linear)}
-    hooks = [layer.register_forward_pre_hook(lambda _, read, n=name: count(n, read)) for name, layer in linear.items()]
+    linear = [name for name, layer in layers.items() if isinstance(layer.base_layer, nn.Linear)]
+    hooks = [_watch(layers[name], lambda read, name=name: note(name, read)) for name in linear]
     try:
         forward()
     finally:
         for hook in hooks:
             hook.remove()
-    return rows
+    found: dict[int, tuple[int, list[str]]] = {}
+    for name, read in reads.items():
+        rank = layers[name].r[adapter]
+        if rank <= min(read.shape[-1], read[..., 0].numel()):
+            largest, names = found.get(id(read), (0, []))
+            found[id(read)] = (max(largest, rank), [*names, name])
+    return {names[0]: (rank, names) for rank, names in found.values()}
 
 
-@dataclass
-class _Batch:
-    """PEFT moves and copies what it is given; this is moved already."""
-
-    inputs: Any
-
-    def to(self, device: Any) -> _Batch:
-        del device
-        return self
-
-    def __deepcopy__(self, memo: Any) -> _Batch:
-        del memo
-        return self
+def _watch(layer: Any, look: Callable[[tuple[Tensor, ...]], None]) -> Any:
+    return layer.register_forward_pre_hook(lambda _, read: look(read))

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from ..datasets.buckets import Shot
@@ -41,8 +42,8 @@ Outcome = Literal["finished", "stopped"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 
 _MOST_SKIPPED = 20
-_LOOKED_AT = 64
-"""Batches, at most, from which an adapter's first directions are taken."""
+_LOOKED_AT = 32
+"""Batches from which an adapter's first directions are taken."""
 DTYPES: dict[MixedPrecision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -71,6 +72,10 @@ class Trainer:
             cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would not find each other
             mixed_precision=precision,
             gradient_accumulation_steps=self.config.budget.accumulate,
+            # an adapter that is left out in a step gets no gradient
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
+            if self.config.adapter.module_dropout
+            else [],
         )
         if self.accelerator.num_processes != plan.processes:
             raise TrainingError(
@@ -219,7 +224,6 @@ class Trainer:
 
     @torch.no_grad()
     def _look_at_data(self) -> None:
-        self.emit(Phase("looking for the directions of the data"))
         components = {"unet": self.base.unet} | {
             f"text_encoders.{number}": encoder for number, encoder in enumerate(self.base.text_encoders.values())
         }
@@ -231,10 +235,11 @@ class Trainer:
         shots = islice(self.plan.order.steps(1), _LOOKED_AT)
         batches = [self._seen(*self._drawn(batch, step, 0)) for step, [batch] in enumerate(shots)]
         denoiser = Denoiser(self.base, self.config.adapter.trains_text)
-        others = look_at_data(denoiser, layers, batches, lambda model, batch: model(*batch), ADAPTER)
+        progress = self._progress("looking for the directions of the data")
+        others = look_at_data(layers, batches, lambda batch: denoiser(*batch), ADAPTER, progress)
         if others:
             what = f"{len(others)} of {len(layers)} layers start as by default: EVA knows no directions of convolutions"
-            self.emit(Warned(f"{what}, and of layers that read fewer vectors in a batch than their rank."))
+            self.emit(Warned(f"{what}, and of layers that read less in a batch than their rank."))
 
     def _prepare(self, checkpoint: Checkpoint | None) -> None:
         config, base = self.config, self.base
@@ -365,9 +370,11 @@ class Trainer:
     def as_it_is_used(self) -> Iterator[None]:
         """Within the block the live model is what files hold: averaged, where averages exist, and without dropout."""
         let_drop(self.base, False)
-        with self.averages.swapped_in():
-            yield
-        let_drop(self.base, self.config.adapter.drops)
+        try:
+            with self.averages.swapped_in():
+                yield
+        finally:
+            let_drop(self.base, self.config.adapter.drops)
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:

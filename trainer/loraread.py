@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ _COMPLETE = (
     {"lora_down.weight", "lora_up.weight"},
     {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
     {"diff"},
-    *({*one, *two} for one in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b")) for two in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))),
-)  # fmt: skip
+    *({*one, *two} for one, two in product(*(((f"lokr_w{n}",), (f"lokr_w{n}_a", f"lokr_w{n}_b")) for n in (1, 2)))),
+)
 """Sets of tensors of which a layer needs one."""
 
 
@@ -63,13 +64,13 @@ def read_lora(path: Path, components: Mapping[str, nn.Module], family: FamilyNam
     keys = {key: split_key(key) for key in file.shapes}
     left = [key for key, split in keys.items() if split is None or split[0] not in places]
     if left or not keys:
-        raise UserError(_left_over(left, len(keys), file, family), str(path), _fix_of(left, file, family))
+        raise UserError(_left_over(left, len(keys), file, family), str(path), _fix_of(file, family))
     layers: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, tensor in file.tensors().items():
         name, leaf = split_key(key) or (key, "")
         if leaf in layers.setdefault(places[name], {}):
             raise UserError(f"holds {key} under another name as well", str(path), "Make the file again.")
-        layers[places[name]][leaf] = tensor
+        layers[places[name]][leaf] = _as_rows(tensor) if "lora_magnitude_vector" in key else tensor
     _require(path, _problems(layers))
     alphas = _Alphas(file)
     changes: dict[str, list[Delta]] = {}
@@ -92,34 +93,56 @@ def _places(components: Mapping[str, nn.Module], family: FamilyName) -> dict[str
     return places
 
 
+def _as_rows(lengths: Tensor) -> Tensor:
+    """PEFT's lengths, which are always those of rows: (out,), of a convolution (1, out, 1, 1), to (out, 1)."""
+    return lengths.reshape(-1, 1)
+
+
 def _delta(component: str, layer: str, tensors: dict[str, Tensor], alphas: _Alphas) -> Delta:
     alpha = tensors.pop(ALPHA, None)
-    if (lengths := tensors.get("dora_scale")) is not None and lengths.dim() == 1:  # PEFT's, of the rows
-        tensors["dora_scale"] = lengths[:, None]
     rank = Delta(layer, tensors, 0.0).rank
     known = float(alpha) if alpha is not None else alphas.of(component, layer, rank)
     return Delta(layer, tensors, known)
 
 
 class _Alphas:
-    """The alphas of a file that stand in its header, where diffusers puts PEFT's configuration."""
+    """The alphas of a file that has none among its tensors: where diffusers puts PEFT's configuration into the header,
+    and where PEFT writes a file of its own beside it."""
 
     def __init__(self, file: LoraFile) -> None:
-        try:
-            said = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
-        except json.JSONDecodeError:
-            said = None
-        if not isinstance(said, dict):
-            what = "lora_adapter_metadata in its header is not a JSON object, so its alphas are not known"
-            raise UserError(what, str(file.path), "Save the file again.")
-        self._said: dict[str, Any] = said
+        self._path = file.path
+        self._said = self._object(file.metadata.get("lora_adapter_metadata", "{}"))
+        beside = file.path.with_name("adapter_config.json")
+        if file.path.name == "adapter_model.safetensors" and beside.is_file():
+            self._said |= self._object(beside.read_text(encoding="utf-8", errors="replace"))
 
     def of(self, component: str, layer: str, rank: int) -> float:
         """The rank, which makes the scale 1, where nothing is said."""
-        patterns = self._said.get(f"{component}.alpha_pattern") or {}
-        alpha = next((a for p, a in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", layer)), None)
-        alpha = float(self._said.get(f"{component}.lora_alpha", rank) if alpha is None else alpha)
-        return alpha * math.sqrt(rank) if self._said.get(f"{component}.use_rslora") else alpha
+        try:
+            patterns = self._about(component, "alpha_pattern") or {}
+            alpha = next((a for p, a in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", layer)), None)
+            for name in ("lora_alpha", "alpha"):
+                alpha = self._about(component, name) if alpha is None else alpha
+            alpha = float(rank if alpha is None else alpha)
+        except (TypeError, ValueError, AttributeError, re.error):
+            raise self._unreadable() from None
+        return alpha * math.sqrt(rank) if self._about(component, "use_rslora") else alpha
+
+    def _about(self, component: str, name: str) -> Any:
+        return self._said.get(f"{component}.{name}", self._said.get(name))
+
+    def _object(self, text: str) -> dict[str, Any]:
+        try:
+            said = json.loads(text)
+        except json.JSONDecodeError:
+            raise self._unreadable() from None
+        if not isinstance(said, dict):
+            raise self._unreadable()
+        return said
+
+    def _unreadable(self) -> UserError:
+        what = "lora_adapter_metadata in its header, or adapter_config.json beside it, is not PEFT's configuration"
+        return UserError(what, str(self._path), "Save it again: without that, the scale is not known.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,7 +161,7 @@ def _left_over(left: list[str], keys: int, file: LoraFile, family: FamilyName) -
     return f"{what}; it is for {FAMILY_TITLES[guess]}, for {because}" if guess and guess != family else what
 
 
-def _fix_of(left: list[str], file: LoraFile, family: FamilyName) -> str:
+def _fix_of(file: LoraFile, family: FamilyName) -> str:
     guess, _ = guess_family(file)
     if guess and guess != family:
         return f"Take a LoRA made for {FAMILY_TITLES[family]}, or a base of the file's family."

@@ -180,12 +180,8 @@ def training(facts: Facts, info: BaseInfo, shape: Shape) -> dict[str, str]:
         "lorasmith_version": __version__,
         "lorasmith_images_seen": facts.images_seen,
     }
-    known |= (
-        network(shape)
-        | (baking(facts.baked) if facts.baked else {})
-        | _dataset(facts)
-        | (_settings(facts.config, info) if facts.config else {})
-    )
+    known |= network(shape) | (baking(facts.baked) if facts.baked else {})
+    known |= _dataset(facts) | (_settings(facts.config, info) if facts.config else {})
     return as_text(known)
 
 
@@ -333,6 +329,9 @@ def usage_hint(facts: Facts, info: BaseInfo) -> str:
     hints = [f"Write {', '.join(facts.triggers)} in the prompt."] if facts.triggers else []
     if embedding := embedding_file(facts):
         hints.append(f"It needs the embedding {embedding} as well: load that beside it.")
+    if info.merges:
+        merged = ", ".join(f"{last_part(file)} at {strength:g}" for file, strength in info.merges)
+        hints.append(f"It was trained with {merged} on: load that beside it.")
     if info.family != "sdxl":
         hints.append("Use clip skip 1.")
     if info.prediction == "v_prediction":

@@ -48,7 +48,7 @@ def make_optimizer(settings: OptimizerSection, groups: list[dict], fused: bool =
     """
     kind = optimizer_class(settings.kind)
     arguments = arguments_of(settings, kind)
-    if settings.kind.lower() == "adamw":
+    if settings.kind == "adamw":
         arguments["fused"] = fused
     with redirect_stdout(io.StringIO()):  # where prodigyopt greets, and where our results go
         optimizer = kind(groups, **arguments)
@@ -125,16 +125,16 @@ def arguments_of(settings: OptimizerSection, kind: type[Optimizer]) -> dict[str,
 def _presets(settings: OptimizerSection) -> Mapping[str, Any]:
     """Options without which our settings would not mean what they say; `optimizer.options` overrides them."""
     presets: dict[str, Any] = dict.fromkeys(_DECOUPLED, True)
-    if settings.kind.lower() == "adafactor":
+    if settings.kind == "adafactor":
         presets |= {"relative_step": False, "scale_parameter": False}  # else it makes its own learning rate
-    if settings.kind.lower() == "prodigy":
+    if settings.kind == "prodigy":
         presets["safeguard_warmup"] = settings.warmup > 0  # as its authors say
     return presets
 
 
 def with_own_betas(settings: OptimizerSection) -> OptimizerSection:
     """The settings with the authors' betas where none were given, so that a complete file tells what is used."""
-    if settings.kind.lower() == "adamw":
+    if settings.kind == "adamw":
         return settings
     chosen = dict(zip(("beta1", "beta2"), own_betas(optimizer_class(settings.kind)), strict=False))
     return settings.model_copy(update={key: own for key, own in chosen.items() if key not in settings.model_fields_set})
@@ -216,12 +216,12 @@ _USUAL = {
 def warnings_of(config: RunConfig) -> Iterator[str]:
     """What is allowed of the optimizer's settings, and seldom meant."""
     settings = config.optimizer
-    low, high = _USUAL.get(settings.kind.lower(), (0.0, math.inf))
+    low, high = _USUAL.get(settings.kind, (0.0, math.inf))
     for part, key in RATES.items():
         rate = getattr(settings, key)
         if getattr(config.adapter, part) and not low <= rate <= high:
             yield f"optimizer.{key} = {rate:g} is unusual for {settings.kind}: {low:g} to {high:g} is usual."
-    if "schedulefree" in settings.kind.lower() and settings.schedule != "constant":
+    if "schedulefree" in settings.kind and settings.schedule != "constant":
         yield (
             f'{settings.kind} needs no schedule: it averages instead. Set optimizer.schedule = "constant", '
             "or the rate falls twice."
@@ -230,7 +230,7 @@ def warnings_of(config: RunConfig) -> Iterator[str]:
 
 
 def _warnings_of_betas(settings: OptimizerSection) -> Iterator[str]:
-    if settings.kind.lower() == "adamw":
+    if settings.kind == "adamw":
         return
     for key, own in zip(("beta1", "beta2"), own_betas(optimizer_class(settings.kind)), strict=False):
         if is_default(settings, key) and getattr(settings, key) != own:

@@ -176,6 +176,9 @@ class Plan:
         else:
             yield from unread_by(FORM_OF[self.config.adapter.kind])
         yield from warnings_of(self.config)
+        if self.base.zero_terminal_snr and "min-snr" in self.config.objective.weighting:
+            weighting = self.config.objective.weighting
+            yield f'{weighting} gives the last time-step, pure noise, no weight. Set objective.weighting = "none".'
         yield from self.base.assumptions
         if self.base.prediction != self.prediction_of_base and self.base.prediction_stated:
             yield f"objective.prediction is {self.base.prediction}, but the base says {self.prediction_of_base}."
@@ -220,8 +223,8 @@ class Plan:
             yield f"{example.name} is the same file as {original.name}; it counts twice."
 
 
-def make_plan(config: RunConfig, progress: Progress | None = None) -> Plan:
-    """Look at everything a run needs, and load no weights.
+def make_plan(config: RunConfig, progress: Progress | None = None, afresh: bool = True) -> Plan:
+    """Look at everything a run needs, and load no weights; one that goes on needs not what it started from.
 
     Raises:
         UserError: with every problem that was found, each with its place and its fix.
@@ -237,7 +240,7 @@ def make_plan(config: RunConfig, progress: Progress | None = None) -> Plan:
     rules = bucket_rules(config, base)
     examples = _collect(problems, lambda: load_examples(sources, rules, config.seed, progress))
     trained = _collect(problems, lambda: as_trained(base, config) if base else None)
-    parts = _collect(problems, lambda: _foreseen(trained, config) if trained else None)
+    parts = _collect(problems, lambda: _foreseen(trained, config, afresh) if trained else None)
     if problems or base is None or trained is None or examples is None or parts is None:
         raise UserError.of(problems)
     return Plan(
@@ -255,10 +258,10 @@ def base_of(config: RunConfig) -> BaseInfo:
     return inspect_base(config.base.model, config.base.vae, config.base.merge)
 
 
-def _foreseen(base: BaseInfo, config: RunConfig) -> list[Part]:
+def _foreseen(base: BaseInfo, config: RunConfig, afresh: bool) -> list[Part]:
     from .anatomy import foreseen_parts  # brings torch, which the browser app's start must not wait for
 
-    return foreseen_parts(base, config)
+    return foreseen_parts(base, config, afresh)
 
 
 def as_trained(base: BaseInfo, config: RunConfig) -> BaseInfo:
@@ -289,7 +292,7 @@ def _completed(config: RunConfig, base: BaseInfo, examples: list[Example]) -> Ru
     for data in config.data:
         data.path = pinned(anchored(data.path, Path.cwd()), cache_of(config))
     config.base.model, config.base.vae = anchored_base(config.base.model), anchored_base(config.base.vae)
-    config.base.merge = [f"{file}:{strength:g}" for file, strength in base.merges]
+    config.base.merge = [f"{file}:{strength!r}" for file, strength in base.merges]
     if config.adapter.start_from:
         config.adapter.start_from = str(Path(config.adapter.start_from).expanduser().absolute())
     if config.runtime.cache:

@@ -22,14 +22,13 @@ from .config import Kind, RunConfig
 from .delta import Changes
 from .errors import ExportError
 from .events import PlanMade, Step, history
-from .export import Precision, export
+from .export import Precision, export, trained_changes
 from .files import atomic_file
 from .jobs import RunFolder
 from .metadata import Facts, FolderFacts, embedding_file
 from .models import Base, load_base
 from .pivotal import token_embeddings
 from .sample import before_after_grid, drawn_like
-from .verify import live_changes
 from .wholemodel import save_checkpoint_file, save_model_folder
 
 Format = Literal["kohya", "ldm", "diffusers"]
@@ -84,7 +83,7 @@ def publish(
     """
     facts, changes = facts_of(trained, name), None
     if bake_to:
-        changes, baked = bake(trained.base, live_changes(trained.base), bake_to)
+        changes, baked = bake(trained.base, trained_changes(trained.base), bake_to)
         name = f"{name}-baked{bake_to}"
         facts = replace(facts, name=name, baked=baked)
     paths, refused = [], []
@@ -99,7 +98,7 @@ def publish(
     write_beside(paths[0], facts, trained.base.info)
     if file := embedding_file(facts):
         paths.append(write_embedding(trained.base, folder / embedding_folder(f"{name}.safetensors") / file))
-    if grid := preview_grid(trained):
+    if not bake_to and (grid := preview_grid(trained)):  # the pictures are of what was trained
         with atomic_file(folder / f"{name}-grid.png") as temporary:
             grid.save(temporary, "PNG")
     return paths

@@ -115,7 +115,7 @@ def _has_nvidia() -> bool:
 def _rates(config: RunConfig) -> Iterator[Problem]:
     """Optimizers that find their learning rate find one for all weights."""
     settings, adapter = config.optimizer, config.adapter
-    if settings.kind.lower() not in RATE_FREE:
+    if settings.kind not in RATE_FREE:
         return
     key = "lr" if adapter.unet else "text_encoder_lr"
     rate = getattr(settings, key)

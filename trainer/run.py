@@ -63,8 +63,8 @@ def resume(run: RunFolder, overrides: Sequence[str], listen: Emit) -> Finished:
     Raises:
         RunError: if there is nothing to resume, or images, captions or base have changed.
     """
-    plan = make_plan(_config_for_resume(run, overrides))
     saved = run.saved_steps()
+    plan = make_plan(_config_for_resume(run, overrides), afresh=not saved)
     checkpoint = load_checkpoint(run.checkpoint(saved[-1])) if saved else None
     seen = checkpoint.state.images if checkpoint else 0
     if seen > plan.images or (seen == plan.images and run.status().state == "done"):
@@ -96,7 +96,7 @@ def load_run(path: Path, step: int | None) -> Trained:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = base_dtype(config, mixed_precision("auto"))
     info = as_trained(base_of(config), config)
-    if config.adapter.kind == "full" and checkpoint.state.base != info.identity:
+    if _needs_its_base(config) and checkpoint.state.base != info.identity:
         what = "the base model has changed since the run was saved, and a part of the weights would be another's"
         raise RunError(what, str(run.path), "Put the base back as it was.")
     base = load_base(info, dtype, device)
@@ -105,13 +105,24 @@ def load_run(path: Path, step: int | None) -> Trained:
     return Trained(run, config, base, checkpoint.state.step, checkpoint.state.images)
 
 
+def _needs_its_base(config: RunConfig) -> bool:
+    """Whether what was trained means something on the very weights only that it was trained on."""
+    adapter = config.adapter
+    return adapter.kind not in ("lora", "loha", "lokr") or adapter.init in ("pissa", "olora")
+
+
 def export_run(
-    path: Path, step: int | None, formats: Sequence[Format], folder: Path | None, precision: Precision
+    path: Path,
+    step: int | None,
+    formats: Sequence[Format],
+    folder: Path | None,
+    precision: Precision,
+    bake_to: int = 0,
 ) -> list[Path]:
-    """Write and verify the files of one checkpoint; returns their paths."""
+    """Write and verify the files of one checkpoint, of plain LoRAs of a rank with `bake_to`; returns their paths."""
     trained = load_run(path, step)
     name = trained.config.name if step is None else f"{trained.config.name}-step{trained.step:06d}"
-    return publish(trained, name, folder or trained.run.exports, formats, precision)
+    return publish(trained, name, folder or trained.run.exports, formats, precision, bake_to)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

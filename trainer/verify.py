@@ -115,29 +115,36 @@ def _compare(path: Path, base: Base, load_fresh: Callable[[], Base], changes: Ch
     written, types = _compare_tensors(file, base, live, format)
 
     modules = dict(Counter(module_component(name) for name in live))
-    said = answers_of(base, modules, partial(strength, base)) if changes is None else {}
+    most = 1.0 if _rounds_lengths(base, live, format) else MOST
+    said = answers_of(base, modules, partial(strength, base), most) if changes is None else {}
     device = base.device
     base.to("cpu")  # a GPU that just holds one base must not have to hold two
     fresh = load_fresh()
     if changes is not None:
-        said = answers_of(fresh, modules, partial(merged, fresh.components, changes))
+        said = answers_of(fresh, modules, partial(merged, fresh.components, changes), most)
     types.add(base.dtype)
     applied, acting = _loaded(fresh, path, format, live)
     _require(set_deviations(live, applied, "in a fresh pipeline"))
     limit = max(WEIGHT_TOLERANCE[t] for t in types)
-    _require(weight_deviations(live, applied, limit, "in a fresh pipeline"))
+    _require(weight_deviations(live, applied, limit, "in a fresh pipeline", base.dtype))
     tolerance = max(EFFECT_TOLERANCE[t] for t in types)
     answers = compare_answers(fresh, said, tolerance, acting)
-    weight_error = max(max(change_errors(live, other).values()) for other in (written, applied))
+    errors = [*change_errors(live, written).values(), *change_errors(live, applied, base.dtype).values()]
     del fresh, applied, acting
     base.to(device)
     return Verification(
         modules=modules,
-        weight_error=weight_error,
+        weight_error=max(errors),
         weight_tolerance=limit,
         answers=answers,
         answer_tolerance=tolerance,
     )
+
+
+def _rounds_lengths(base: Base, live: Mapping[str, Layer], format: Format) -> bool:
+    """Whether diffusers brings the lengths of a DoRA to half precision, an error that would grow with the strength."""
+    has_lengths = any(layer.delta.form == "dora" for layer in live.values())
+    return has_lengths and format == "diffusers" and base.dtype != torch.float32
 
 
 def verify_tensors(path: Path, base: Base, changes: Changes) -> None:
@@ -287,9 +294,13 @@ def is_still(delta: Delta) -> bool:
 
 
 def weight_deviations(
-    live: Mapping[str, Layer], other: Mapping[str, Delta], tolerance: float, where: str
+    live: Mapping[str, Layer],
+    other: Mapping[str, Delta],
+    tolerance: float,
+    where: str,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[str]:
-    for name, error in change_errors(live, other).items():
+    for name, error in change_errors(live, other, dtype).items():
         if not error <= tolerance:
             mine, theirs = live[name].delta, other[name]
             scales = f"; alpha {theirs.alpha:g} at rank {theirs.rank}, live {mine.alpha:g} at {mine.rank}"
@@ -297,13 +308,16 @@ def weight_deviations(
             yield f"{name}: its change is off by {error:.2%} {where} (allowed {tolerance:.2%}{scales})"
 
 
-def change_errors(live: Mapping[str, Layer], other: Mapping[str, Delta]) -> dict[str, float]:
+def change_errors(
+    live: Mapping[str, Layer], other: Mapping[str, Delta], dtype: torch.dtype | None = None
+) -> dict[str, float]:
     """|other - live| / |live| of each layer's change, in Frobenius norms.
 
     A layer that hardly changes, next to the largest change of its component, is held against that one: its numbers
-    may be so small that fp16 keeps few of their bits, and they do nothing.
+    may be so small that fp16 keeps few of their bits, and they do nothing. What a base of type `dtype` rounds in the
+    lengths of a DoRA is no error of the file.
     """
-    measured = {name: _size_and_difference(layer, other[name]) for name, layer in live.items()}
+    measured = {name: _size_and_difference(layer, other[name], dtype) for name, layer in live.items()}
     largest: dict[str, float] = {}
     for name, (size, _) in measured.items():
         component = module_component(name)
@@ -315,14 +329,17 @@ def change_errors(live: Mapping[str, Layer], other: Mapping[str, Delta]) -> dict
     return errors
 
 
-def _size_and_difference(live: Layer, other: Delta) -> tuple[float, float]:
+def _size_and_difference(live: Layer, other: Delta, dtype: torch.dtype | None) -> tuple[float, float]:
     """|live| and |other - live| of the changes, fp64."""
     if live.delta.is_plain and other.is_plain:
         return plain_size(live.delta), plain_difference(live.delta, other)
     weight = live.weight
     weight = torch.empty_like(weight, device="cpu") if weight.device.type == "meta" else weight  # its shape is enough
     mine = live.delta.of(weight, torch.float64)
-    return float(mine.norm()), float((other.of(weight, torch.float64) - mine).norm())
+    difference = float((other.of(weight, torch.float64) - mine).norm())
+    if dtype and live.delta.form == "dora":
+        difference = max(0.0, difference - torch.finfo(dtype).eps * float(weight.double().norm()))
+    return float(mine.norm()), difference
 
 
 def plain_size(delta: Delta) -> float:
@@ -390,8 +407,8 @@ class Said:
 
 
 @torch.no_grad()
-def answers_of(base: Base, trained: Iterable[str], acting: Acting) -> dict[str, Said]:
-    """The answers of the trained components, at a strength at which the adapter's effect can be seen."""
+def answers_of(base: Base, trained: Iterable[str], acting: Acting, most: float) -> dict[str, Said]:
+    """The answers of the trained components, at a strength, `most` at most, that lets the effect be seen."""
     with unread(base):  # new tokens stand in a file of their own
         with acting(0):
             plain = base.encode([PROMPT])
@@ -403,8 +420,8 @@ def answers_of(base: Base, trained: Iterable[str], acting: Acting) -> dict[str, 
             with acting(1):
                 live = _answer(base, name, plain)
             effect = shown = float((live - without).norm())
-            while shown < VISIBLE * whole and factor < MOST:
-                factor *= 4
+            while shown < VISIBLE * whole and factor < most:
+                factor = min(most, factor * max(2.0, VISIBLE * whole / shown if shown else most))
                 with acting(factor):
                     live = _answer(base, name, plain)
                 shown = float((live - without).norm())

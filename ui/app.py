@@ -146,7 +146,7 @@ def view(starts: Starts, name: str | None, before: Any) -> list[Any]:
         example = gr.update(visible=not starts.alive(starts.newest))
         return [news, picker, None, sentence_of(starts, name), example, *nothing]
     run = RunFolder(folder / name)
-    previews, files = previews_of(run), [str(path) for path in sorted(run.exports.glob("[!.]*")) if path.is_file()]
+    previews, files = previews_of(run), [str(path) for path in sorted(run.exports.rglob("[!.]*")) if path.is_file()]
     now = (name, len(previews), tuple(files))
     fresh = [gr.update(value=v, visible=bool(v)) if now != before else gr.skip() for v in (previews, files)]
     loss = losses(run)
