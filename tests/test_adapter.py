@@ -244,7 +244,7 @@ def test_an_adapter_starts_with_the_change_of_another_lora(base: Base, change: D
 
 
 def test_a_lora_that_does_not_fit_is_no_start(base: Base, change: Delta):
-    settings = {"start_from": "old.safetensors"}
+    settings: dict[str, Any] = {"start_from": "old.safetensors"}
     with pytest.raises(ConfigError, match=r"larger than 1.*rank = 2"):
         put_on(base, AdapterSection(rank=1, alpha=1.0, **settings), seed=1, start={"unet": [change]})
     with pytest.raises(ConfigError, match=r"unet, which is not trained.*adapter\.unet = true"):
@@ -270,7 +270,8 @@ def test_half_precision_leaves_the_base_as_it_is(settings: dict[str, Any], folde
     put_on(half, AdapterSection(**(SMALL | settings)), seed=1)
     with strength(half, 0):
         for name, layer in tuner_layers(half.unet):
-            assert torch.equal(layer.get_base_layer().weight, weights[f"{name}.weight"]), name
+            weight: Any = layer.get_base_layer().weight
+            assert torch.equal(weight, weights[f"{name}.weight"]), name
     if settings == {"kind": "dora"}:
         size = max(float(delta.of(base_weight(half.unet, delta.name)).abs().max()) for delta in deltas(half.unet))
         assert size < 1e-6
@@ -296,7 +297,8 @@ def test_eva_reads_along_the_main_directions_of_the_data(base: Base):
     assert torch.equal(forward(noises[0]), plain)  # up is zero still
     assert {name for name in others if "time_emb_proj" in name or "conv" in name}
     assert not any(".attn" in name for name in others)
-    directions: dict[str, Tensor] = {name: layer.lora_A[ADAPTER].weight for name, layer in layers.items()}
+    adapted: dict[str, Any] = dict(layers)
+    directions: dict[str, Tensor] = {name: layer.lora_A[ADAPTER].weight for name, layer in adapted.items()}
     attention = next(name.removesuffix("to_q") for name in layers if name.endswith("attn1.to_q") and "mid" not in name)
     query, key = (directions[attention + one] for one in ("to_q", "to_k"))
     assert torch.equal(query, key)

@@ -233,7 +233,7 @@ def test_what_peft_saves_is_read(bases: dict[str, Base], tmp_path: Path, kind: s
 def test_an_adapter_folder_of_peft_is_read_with_the_alpha_of_its_configuration(bases: dict[str, Base], tmp_path: Path):
     base = bases["sd1"]
     settings = LoraConfig(r=4, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False)
-    model = get_peft_model(load_base(base.info).unet, settings)  # pyright: ignore[reportArgumentType]
+    model: Any = get_peft_model(load_base(base.info).unet, settings)  # pyright: ignore[reportArgumentType]
     model.save_pretrained(str(tmp_path))
     [component] = read_lora(tmp_path / "adapter_model.safetensors", base.components, "sd1").items()
     assert component[0] == "unet"

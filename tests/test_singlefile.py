@@ -47,13 +47,14 @@ Parts = dict[str, Any]
 
 
 def small_vae(sizes: int = 2, latents: int = 4) -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * sizes,
-        up_block_types=("UpDecoderBlock2D",) * sizes,
-        block_out_channels=(32, 64, 64)[:sizes],
-        layers_per_block=2,
-        latent_channels=latents,
-    )
+    shape: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * sizes,
+        "up_block_types": ("UpDecoderBlock2D",) * sizes,
+        "block_out_channels": (32, 64, 64)[:sizes],
+        "layers_per_block": 2,
+        "latent_channels": latents,
+    }
+    return AutoencoderKL(**shape)
 
 
 def text_encoder(kind: Any, width: int, act: str, **extra: Any) -> Any:

@@ -61,7 +61,7 @@ def _configs(info: BaseInfo) -> dict[str, Any]:
         return ARCHITECTURES[info.source.removeprefix("random:")]
     if Path(info.source).is_file():
         return dict(read_single_file(Path(info.source), "base.model").configs)
-    place = {"revision": info.revision or None}
+    place: dict[str, Any] = {"revision": info.revision or None}
     try:
         texts = {
             name: CLIPTextConfig.from_pretrained(info.source, subfolder=name, **place).to_dict()

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import BOFTConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, inject_adapter_in_model
@@ -113,7 +113,7 @@ def _inject(module: Any, component: str, layers: Sequence[Layer], settings: Adap
     for _, layer in tuner_layers(module) if settings.kind == "dora" else ():
         _measure_exactly(cast(LoraLayer, layer))
     for _, layer in tuner_layers(module) if settings.init in ("pissa", "olora") else ():
-        begin(cast(LoraLayer, layer), settings.init, ADAPTER)
+        begin(cast(LoraLayer, layer), cast(Literal["pissa", "olora"], settings.init), ADAPTER)
 
 
 def _measure_exactly(layer: LoraLayer) -> None:

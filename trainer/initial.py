@@ -146,7 +146,7 @@ def look_at_data(
 
     def learn(name: str, read: tuple[Tensor, ...]) -> None:
         vectors = read[0].detach().float().flatten(0, -2)
-        if len(vectors) >= components[name].n_components:  # a last batch may be smaller
+        if len(vectors) >= readers[name][0]:  # a last batch may be smaller
             components[name].partial_fit(vectors)
 
     hooks = [_watch(layers[first], lambda read, name=first: learn(name, read)) for first in readers]

@@ -62,7 +62,7 @@ def add_tokens(base: Base, trigger: str, count: int, start: str) -> None:
         _find_the_end_by_its_token(encoder, tokenizer.eos_token_id)
 
 
-def _find_the_end_by_its_token(encoder: Any, eos_token_id: int) -> None:
+def _find_the_end_by_its_token(encoder: Any, eos_token_id: Any) -> None:
     """With the id 2, which old configurations have, the largest id counts as the end of a caption: a new token's."""
     for part in (encoder, getattr(encoder, "text_model", encoder)):
         if getattr(part, "eos_token_id", None) == 2:
