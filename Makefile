@@ -16,7 +16,7 @@ demo: .venv/installed
 	$(BIN)/lorasmith demo
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 ui: .venv/installed
 	$(BIN)/lorasmith ui
