@@ -28,7 +28,7 @@ from lorasmith.trainer.run import load_run, train
 from lorasmith.trainer.sample import Drawing, contact_sheet, draw
 
 IMAGES = 1800
-TIMED_STEPS = 12
+TIMED_STEPS = 6
 DOCUMENT = Path("docs/training.md")
 _TABLE = re.compile(r"(<!-- kinds -->\n).*?(<!-- end -->)", re.DOTALL)
 
