@@ -12,6 +12,9 @@ from PIL import Image, ImageDraw
 
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.configfile import merge, validate
+from lorasmith.trainer.jobs import create_run
+from lorasmith.trainer.loop import Trainer
+from lorasmith.trainer.plan import make_plan
 
 settings.register_profile("lorasmith", deadline=None, derandomize=True)  # a slow machine is no failure
 settings.load_profile("lorasmith")
@@ -25,6 +28,14 @@ def draw_picture(number: int, size: tuple[int, int]) -> Image.Image:
     pen = ImageDraw.Draw(picture)
     pen.ellipse((width // 5, height // 5, width // 5 + 10 + 3 * number, height - 10), (255, 220, 20 * number % 256))
     return picture
+
+
+def trained_run(config: RunConfig) -> Trainer:
+    """A run that was carried out, without an export."""
+    plan = make_plan(config)
+    trainer = Trainer(plan, create_run(plan.config), lambda event: None)
+    assert trainer.train(lambda: False) == "finished"
+    return trainer
 
 
 @pytest.fixture(autouse=True)

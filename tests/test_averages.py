@@ -12,12 +12,13 @@ from lorasmith.trainer.averages import Averages
 from lorasmith.trainer.checkpoint import load_checkpoint
 from lorasmith.trainer.config import OptimizerSection
 from lorasmith.trainer.errors import RunError
-from lorasmith.trainer.jobs import RunFolder, create_run
+from lorasmith.trainer.jobs import RunFolder
 from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.optim import make_optimizer
-from lorasmith.trainer.plan import make_plan
 from lorasmith.trainer.run import load_run
 from lorasmith.trainer.sample import draw
+
+from .conftest import trained_run
 
 AVERAGED = {
     "a running average": {"kind": "adamw", "ema_decay": 0.9},
@@ -42,13 +43,6 @@ def train(weight: torch.nn.Parameter, optimizer: torch.optim.Optimizer, averages
         averages.update()
         after.append(weight.detach().clone())
     return after
-
-
-def finished(config) -> Trainer:
-    plan = make_plan(config)
-    trainer = Trainer(plan, create_run(plan.config), lambda event: None)
-    assert trainer.train(lambda: False) == "finished"
-    return trainer
 
 
 def same(mine: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
@@ -128,7 +122,7 @@ def test_schedule_free_averages_are_the_optimizers_own():
 @pytest.mark.parametrize("settings", AVERAGED.values(), ids=AVERAGED)
 def test_checkpoints_hold_the_averages_and_resume_goes_on_from_the_trained_weights(settings, short_run):
     config = short_run(optimizer=settings, save={"every": 1})
-    trainer = finished(config)
+    trainer = trained_run(config)
     folder = trainer.run.checkpoint(trainer.state.step)
     checkpoint = load_checkpoint(folder)
 
@@ -147,13 +141,13 @@ def test_checkpoints_hold_the_averages_and_resume_goes_on_from_the_trained_weigh
 
 
 def test_without_averages_a_checkpoint_holds_the_weights_once(short_run):
-    trainer = finished(short_run())
+    trainer = trained_run(short_run())
     folder = trainer.run.checkpoint(trainer.state.step)
     assert sorted(file.name for file in folder.iterdir()) == ["adapter.safetensors", "optimizer.pt", "state.json"]
 
 
 def test_a_checkpoint_that_lost_its_trained_weights_is_damaged(short_run):
-    trainer = finished(short_run(optimizer={"ema_decay": 0.9}))
+    trainer = trained_run(short_run(optimizer={"ema_decay": 0.9}))
     folder = trainer.run.checkpoint(trainer.state.step)
     (folder / "trained.safetensors").unlink()
     with pytest.raises(RunError, match="cannot be read"):
@@ -162,7 +156,7 @@ def test_a_checkpoint_that_lost_its_trained_weights_is_damaged(short_run):
 
 def test_previews_show_the_averages(short_run):
     sample = {"every": 1, "steps": 2, "prompts": ["emoji of owl"]}
-    trainer = finished(short_run(optimizer={"ema_decay": 0.9, "lr": 5e-2}, sample=sample))
+    trainer = trained_run(short_run(optimizer={"ema_decay": 0.9, "lr": 5e-2}, sample=sample))
     (of_trained,) = draw(trainer.base, sample["prompts"], trainer.drawing)
     with trainer.averages.swapped_in():
         (of_averaged,) = draw(trainer.base, sample["prompts"], trainer.drawing)
@@ -172,5 +166,5 @@ def test_previews_show_the_averages(short_run):
 
 
 def test_averaging_leaves_training_alone(short_run):
-    averaged, plain = finished(short_run(optimizer={"ema_decay": 0.9})), finished(short_run(name="plain"))
+    averaged, plain = trained_run(short_run(optimizer={"ema_decay": 0.9})), trained_run(short_run(name="plain"))
     assert same(adapter_state(averaged.base), adapter_state(plain.base))

@@ -25,6 +25,7 @@ from lorasmith.trainer.models import Base, load_base
 from lorasmith.trainer.plan import make_plan
 
 from . import tiny
+from .conftest import trained_run
 
 
 @pytest.fixture
@@ -37,13 +38,6 @@ def full(short_run, tmp_path: Path):
         return short_run(**({"base": {"model": model}, "adapter": adapter} | over))
 
     return make
-
-
-def trained(config) -> Trainer:
-    plan = make_plan(config)
-    trainer = Trainer(plan, create_run(plan.config), lambda event: None)
-    assert trainer.train(lambda: False) == "finished"
-    return trainer
 
 
 def weights_of(base: Base) -> dict[str, Tensor]:
@@ -61,7 +55,7 @@ def changed(base: Base) -> set[str]:
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_all_weights_that_are_read_change(family, full, tmp_path):
     tiny.MAKERS[family](tmp_path / family)
-    trainer = trained(full(base={"model": str(tmp_path / family)}))
+    trainer = trained_run(full(base={"model": str(tmp_path / family)}))
     still = {path_of(*name.split(".", 1)) for name in weights_of(trainer.base)} - changed(trainer.base)
     if family == "sdxl":  # reads the first text encoder's last layer but one
         still = {path for path in still if not lies_in(path, "text_encoder.encoder.layers.2")}
@@ -77,7 +71,7 @@ def test_all_weights_that_are_read_change(family, full, tmp_path):
     ids=["two blocks", "a pattern and a component"],
 )
 def test_only_the_named_blocks_change(blocks, full):
-    trainer = trained(full(blocks))
+    trainer = trained_run(full(blocks))
     paths = changed(trainer.base)
     assert paths
     assert all(any(lies_in(path, block) for block in blocks) for path in paths)
@@ -88,7 +82,7 @@ def test_only_the_named_blocks_change(blocks, full):
 
 
 def test_a_pattern_means_all_that_it_names(full):
-    trainer = trained(full(["unet.*.attentions", "text_encoder"]))
+    trainer = trained_run(full(["unet.*.attentions", "text_encoder"]))
     in_unet = {path for path in changed(trainer.base) if path.startswith("unet.")}
     assert in_unet == {
         path_of("unet", name) for name, _ in trainer.base.unet.named_parameters() if ".attentions." in name
@@ -97,14 +91,14 @@ def test_a_pattern_means_all_that_it_names(full):
 
 def test_one_of_two_text_encoders_may_be_trained_alone(full, tmp_path):
     tiny.make_sdxl(tmp_path / "sdxl")
-    trainer = trained(full(["unet.mid_block", "text_encoder_2"], base={"model": str(tmp_path / "sdxl")}))
+    trainer = trained_run(full(["unet.mid_block", "text_encoder_2"], base={"model": str(tmp_path / "sdxl")}))
     assert {path.split(".")[0] for path in changed(trainer.base)} == {"unet", "text_encoder_2"}
     assert [part.name for part in trainer.parts] == ["unet", "text_encoder_2"]
 
 
 def test_weights_of_another_base_are_refused(full, tmp_path):
     config = full(["unet.mid_block", "text_encoder"])
-    run_folder = trained(config).run
+    run_folder = trained_run(config).run
     tiny.make_sd1(tmp_path / "base", layers_per_block=1)
     with pytest.raises(RunError, match="the base model has changed"):
         run.load_run(run_folder.path, None)
@@ -112,7 +106,7 @@ def test_weights_of_another_base_are_refused(full, tmp_path):
 
 def test_a_frozen_text_encoder_stays_as_it_was_and_its_captions_are_cached(full):
     adapter = {"kind": "full", "rank": 16, "alpha": 16.0, "text_encoder": False}
-    trainer = trained(full(adapter=adapter, optimizer={"text_encoder_lr": 0.0}))
+    trainer = trained_run(full(adapter=adapter, optimizer={"text_encoder_lr": 0.0}))
     assert {path.split(".")[0] for path in changed(trainer.base)} == {"unet"}
     assert trainer.text.cache.folder.is_dir()
 
@@ -155,7 +149,7 @@ def test_a_lora_rate_is_warned_of(full):
 
 
 def test_a_resumed_run_equals_an_unbroken_one(full):
-    whole = adapter_state(trained(full(name="whole")).base)
+    whole = adapter_state(trained_run(full(name="whole")).base)
 
     plan = make_plan(full(name="parts"))
     asked = iter([False, False, True])
@@ -170,7 +164,7 @@ def test_a_resumed_run_equals_an_unbroken_one(full):
 
 
 def test_strength_interpolates_between_the_base_and_the_tuned_weights(full):
-    base = trained(full()).base
+    base = trained_run(full()).base
     original, tuned = weights_of(load_base(base.info)), {name: w.clone() for name, w in weights_of(base).items()}
     with strength(base, 0):
         assert all(torch.equal(weight, original[name]) for name, weight in weights_of(base).items())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ..datasets.workers import Progress
 from .anatomy import skeleton
 from .bases import FAMILY_TITLES, FamilyName, inspect_base
 from .delta import Changes, Delta, baked
@@ -20,9 +20,6 @@ from .loraread import read_lora
 from .metadata import BakedFacts, rewritten
 from .models import Base, load_base
 from .verify import Layer, verify_tensors
-
-Progress = Callable[[int, int], None]
-"""Layers done, and of how many."""
 
 _PUBLISHED: dict[FamilyName, str] = {"sd1": "random:sd15", "sd2": "random:sd21", "sdxl": "random:sdxl"}
 

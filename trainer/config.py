@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..configs import recipe_names
-from .idle import NESTED_PROBLEMS, problems_of
+from .idle import NESTED_PROBLEMS, RATE_FREE, RATES, problems_of
 
 Kind = Literal["lora", "dora", "loha", "lokr", "oft", "boft", "full"]
 Targets = Literal["attention", "attention+ff", "all-linear", "all", "style-blocks"]
@@ -446,9 +446,6 @@ class RunConfig(Section):
                     setattr(self.optimizer, key, 1.0)
 
 
-RATES = {"unet": "lr", "text_encoder": "text_encoder_lr"}  # what can be trained, and its learning rate
-RATE_FREE = ("prodigy", "dadaptadagrad", "dadaptadam", "dadaptadan", "dadaptlion", "dadaptsgd")
-"""Optimizers that find their own learning rate; what is given multiplies it."""
 _WINDOWS_DEVICE = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9¹²³]", re.IGNORECASE)
 _LONGEST_NAME = 200  # bytes; most disks take 255, and a file adds its suffix and a temporary name to the run's
 

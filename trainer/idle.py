@@ -68,8 +68,12 @@ OF_NUMBERS = {
 }
 """Settings by the number that must be above 0 for them to have an effect."""
 
-RATE_OF = {"adapter.unet": "optimizer.lr", "adapter.text_encoder": "optimizer.text_encoder_lr"}
+RATES = {"unet": "lr", "text_encoder": "text_encoder_lr"}
+"""What can be trained, and its learning rate."""
+RATE_OF = {f"adapter.{part}": f"optimizer.{key}" for part, key in RATES.items()}
 """Learning rates by the switch of the part they belong to."""
+RATE_FREE = ("prodigy", "dadaptadagrad", "dadaptadam", "dadaptadan", "dadaptlion", "dadaptsgd")
+"""Optimizers that find their own learning rate; what is given multiplies it."""
 
 
 def dropped_by(switch: str, value: Any) -> Iterator[str]:
@@ -77,8 +81,6 @@ def dropped_by(switch: str, value: Any) -> Iterator[str]:
 
     Who makes it above a file or a recipe, that is with `--set` or in the file, need not take them back one by one.
     """
-    from .config import RATE_FREE
-
     yield from (dotted for dotted, (choice, values) in ONLY_WITH.items() if choice == switch and value not in values)
     yield from (dotted for dotted, number in OF_NUMBERS.items() if number == switch and not value)
     if switch in RATE_OF and not value:
@@ -115,8 +117,6 @@ def _shown(value: Any) -> str:
 
 
 def _idle_rates(config: RunConfig) -> Iterator[Problem]:
-    from .config import RATES
-
     adapter, optimizer = config.adapter, config.optimizer
     if not (adapter.unet or adapter.text_encoder):
         yield Problem(

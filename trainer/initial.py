@@ -7,7 +7,8 @@ first factors. EVA turns only the matrix that reads, so that the change is still
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -149,14 +150,10 @@ def look_at_data(
         if len(vectors) >= readers[name][0]:  # a last batch may be smaller
             components[name].partial_fit(vectors)
 
-    hooks = [_watch(layers[first], lambda read, name=first: learn(name, read)) for first in readers]
-    try:
+    with _watched({first: layers[first] for first in readers}, learn):
         for number, batch in enumerate(batches):
             forward(batch)
             progress(number + 1, len(batches))
-    finally:
-        for hook in hooks:
-            hook.remove()
     for first, (_, names) in readers.items():
         for name in names:
             weight = layers[name].lora_A[adapter].weight
@@ -172,13 +169,8 @@ def _readers(layers: Mapping[str, Any], forward: Callable[[], Any], adapter: str
     def note(name: str, read: tuple[Tensor, ...]) -> None:
         reads[name] = read[0]
 
-    linear = [name for name, layer in layers.items() if isinstance(layer.base_layer, nn.Linear)]
-    hooks = [_watch(layers[name], lambda read, name=name: note(name, read)) for name in linear]
-    try:
+    with _watched({name: layer for name, layer in layers.items() if isinstance(layer.base_layer, nn.Linear)}, note):
         forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
     found: dict[int, tuple[int, list[str]]] = {}
     for name, read in reads.items():
         rank = layers[name].r[adapter]
@@ -188,5 +180,14 @@ def _readers(layers: Mapping[str, Any], forward: Callable[[], Any], adapter: str
     return {names[0]: (rank, names) for rank, names in found.values()}
 
 
-def _watch(layer: Any, look: Callable[[tuple[Tensor, ...]], None]) -> Any:
-    return layer.register_forward_pre_hook(lambda _, read: look(read))
+@contextmanager
+def _watched(layers: Mapping[str, Any], look: Callable[[str, tuple[Tensor, ...]], None]) -> Iterator[None]:
+    """Within the block `look` is told what each layer reads, with its name, before it does."""
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, read, name=name: look(name, read)) for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

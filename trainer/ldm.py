@@ -214,11 +214,6 @@ def _table(
     return {old: prefix + new for old, new in table.items()}
 
 
-def unet_names(config: Mapping[str, Any], layers: Iterable[str]) -> dict[str, str]:
-    """diffusers' names of a UNet's layers, dotted, to those of the original code."""
-    return _unet_modules(config, _numbers("transformer_blocks", layers))
-
-
 def _unet_modules(config: Mapping[str, Any], depths: set[str]) -> dict[str, str]:
     """All layers of one side are numbered in a row, a downsampler as one more; an upsampler is part of its last layer.
 

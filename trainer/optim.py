@@ -13,9 +13,9 @@ from contextlib import redirect_stdout
 from inspect import Parameter
 from typing import TYPE_CHECKING, Any
 
-from .config import RATES, OptimizerSection, RunConfig
+from .config import OptimizerSection, RunConfig
 from .errors import ConfigError
-from .idle import is_default
+from .idle import RATES, is_default
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from inspect import Parameter
 from typing import TYPE_CHECKING, Any
 
-from .config import RATE_FREE, RATES, OptimizerSection, RunConfig
+from .config import OptimizerSection, RunConfig
 from .errors import ConfigError, Problem, first_line
-from .idle import is_default
+from .idle import RATE_FREE, RATES, is_default
 from .optim import (
     averages_itself,
     make_optimizer,
