@@ -30,7 +30,7 @@ from lorasmith.trainer.baking import bake, bake_file
 from lorasmith.trainer.bases import FAMILY_TITLES, BaseInfo, FamilyName, inspect_base
 from lorasmith.trainer.card import write_beside
 from lorasmith.trainer.cli import app
-from lorasmith.trainer.clients import FORM_OF, unread_by
+from lorasmith.trainer.clients.table import FORM_OF, unread_by
 from lorasmith.trainer.config import AdapterSection, RunConfig
 from lorasmith.trainer.errors import ExportError, UserError
 from lorasmith.trainer.export import castable, export, write
@@ -45,7 +45,7 @@ from lorasmith.trainer.metadata import Facts, FolderFacts, usage_hint
 from lorasmith.trainer.models import FAMILIES, Base, load_base
 from lorasmith.trainer.pivotal import token_embeddings
 from lorasmith.trainer.plan import make_plan
-from lorasmith.trainer.publish import formats_of, write_embedding
+from lorasmith.trainer.release import formats_of, write_embedding
 from lorasmith.trainer.run import load_run
 from lorasmith.trainer.verify import EFFECT_TOLERANCE, WEIGHT_TOLERANCE, live_changes, verify
 

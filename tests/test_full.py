@@ -17,11 +17,12 @@ from lorasmith.trainer.bases import inspect_base
 from lorasmith.trainer.cli import app
 from lorasmith.trainer.configfile import to_toml
 from lorasmith.trainer.errors import ConfigError, RunError, UserError
-from lorasmith.trainer.full import lies_in, path_of, trained_weights
+from lorasmith.trainer.full import trained_weights
 from lorasmith.trainer.jobs import create_run
 from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.lorafile import LoraFile
 from lorasmith.trainer.models import Base, load_base
+from lorasmith.trainer.paths import lies_in, path_of
 from lorasmith.trainer.plan import make_plan
 
 from . import tiny

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -91,7 +92,7 @@ def bake_file(
     plain, facts = bake(base, changes, rank, progress)
     written = castable(base, plain, "kohya", DTYPES[precision])
     weights = tensors(base, written, "kohya")
-    header = rewritten(file.metadata, target.stem, info, shape_of(base, written), facts, weights)
+    header = partial(rewritten, file.metadata, target.stem, info, shape_of(base, written), facts)
     unverified = target.with_name(f"{target.stem}.unverified.safetensors")
     try:
         exported = save(unverified, weights, header, "kohya", precision)

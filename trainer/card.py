@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bases import FAMILY_TITLES, BaseInfo, FamilyName
-from .clients import FORM_OF, read_by
+from .clients.table import FORM_OF, read_by
 from .files import atomic_file, write_text
 from .idle import LOW_RANK
 from .metadata import Facts, embedding_file, flat, iso_date, last_part, license_of, usage_hint

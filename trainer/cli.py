@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..datasets.filling import Filled
     from .configfile import Origin
     from .plan import Plan
-    from .publish import Format
+    from .release import Format
     from .run import Finished
 
 app = typer.Typer(
@@ -417,7 +417,7 @@ def export(
 
     from .jobs import open_run
     from .lorafile import LoraFile
-    from .publish import formats_of
+    from .release import formats_of
     from .run import export_run
 
     config = open_run(path).read_config()

@@ -10,25 +10,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapter import ADAPTER, scale_of, tuner_layers
 from .delta import Changes, Delta, refactored
-from .errors import ExportError, Problem, UserError
-from .files import atomic_file
+from .errors import ExportError, Problem
 from .keys import ALPHA, Format, base_name, component_of, leaf_of
 from .lorafile import Hashes, LoraFile
 from .metadata import Facts, Shape, build
 from .models import Base
+from .tensorfile import Header, tensor_writer
 from .verify import (
     WEIGHT_TOLERANCE,
     Verification,
@@ -98,18 +98,16 @@ def write(
         ExportError: if the adapter cannot be written as it is.
     """
     written = castable(base, changes, format, DTYPES[precision])
-    weights = tensors(base, written, format)
-    return save(path, weights, build(facts, base.info, shape_of(base, written), weights), format, precision)
+    header = partial(build, facts, base.info, shape_of(base, written))
+    return save(path, tensors(base, written, format), header, format, precision)
 
 
-def save(
-    path: Path, weights: dict[str, Tensor], header: dict[str, str], format: Format, precision: Precision
-) -> Exported:
-    """Write tensors and header, whole or not at all."""
-    if path.suffix != ".safetensors":
-        raise UserError("does not end in .safetensors", str(path), "Clients go by the ending: add it.")
-    with atomic_file(path) as temporary:
-        save_file(weights, temporary, header)
+def save(path: Path, weights: Mapping[str, Tensor], header: Header, format: Format, precision: Precision) -> Exported:
+    """Write tensors and what the header says of them, whole or not at all."""
+    with tensor_writer(path.parent) as writer:
+        for key, tensor in weights.items():
+            writer.add(key, tensor)
+        writer.write(path, header(writer))
     return Exported(
         path=path,
         format=format,

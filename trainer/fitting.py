@@ -18,12 +18,13 @@ from .adapter import ADAPTER, has_adapters, let_drop, scale_of, tuner_layers
 from .config import AdapterSection, BlockSection, RunConfig
 from .delta import Delta
 from .errors import ConfigError
-from .full import blocks, lies_in, path_of, trained_weights, unfreeze
+from .full import trained_weights, unfreeze
 from .initial import begin, continue_from
 from .loraread import read_lora
 from .models import Base
+from .paths import blocks, lies_in, path_of, refuse_idle
 from .pivotal import NEW_TOKENS, add_tokens
-from .targets import Layer, layers_of, refuse_idle
+from .targets import Layer, layers_of
 
 TOKENS = "new tokens"
 

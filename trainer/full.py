@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from .errors import ConfigError, Problem
 from .models import Base, load_base
+from .paths import blocks, lies_in, path_of
 
 
 def unfreeze(base: Base, components: Mapping[str, Any], train_only: Sequence[str]) -> None:
@@ -40,21 +40,6 @@ def unfreeze(base: Base, components: Mapping[str, Any], train_only: Sequence[str
         raise ConfigError.of(
             Problem("adapter.train_only", f"{block} is no block of what is trained", fix) for block in unknown
         )
-
-
-def path_of(component: str, name: str) -> str:
-    """A parameter's path as people write it; transformers has a `text_model.` in it in some versions only."""
-    return f"{component}.{name.removeprefix('text_model.')}"
-
-
-def lies_in(path: str, block: str) -> bool:
-    """Whether a parameter is part of a block, whose name may be a pattern."""
-    return fnmatchcase(path, block) or fnmatchcase(path, f"{block}.*")
-
-
-def blocks(paths: Sequence[str]) -> list[str]:
-    """The blocks that can be named, without what is inside them: `unet.conv_in`, `unet.down_blocks.0`, ..."""
-    return list(dict.fromkeys(re.sub(r"^(\w+\.(?:encoder\.layers|\w+)(?:\.\d+)?).*", r"\1", path) for path in paths))
 
 
 def trained_weights(base: Base) -> dict[str, nn.Parameter]:

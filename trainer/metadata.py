@@ -8,7 +8,6 @@ gives. Who reads which key: https://github.com/Stability-AI/ModelSpec and A1111'
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 import re
@@ -18,8 +17,6 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from safetensors.torch import save
-from torch import Tensor
 
 from . import __version__
 from .bases import BaseInfo, FamilyName
@@ -27,6 +24,7 @@ from .config import RunConfig
 
 if TYPE_CHECKING:
     from .delta import Form
+    from .tensorfile import TensorWriter
 
 THUMBNAIL_SIDE = 256
 
@@ -135,11 +133,10 @@ class BakedFacts:
     """|rest| / |change| by component."""
 
 
-def build(facts: Facts, info: BaseInfo, shape: Shape, tensors: dict[str, Tensor]) -> dict[str, str]:
+def build(facts: Facts, info: BaseInfo, shape: Shape, file: TensorWriter) -> dict[str, str]:
     """The whole header: str to str. The tensors' bytes do not depend on it, so their hash can be part of it."""
-    kohya = training(facts, info, shape)
-    bare = save(tensors, kohya)
-    return kohya | hashes(bare) | modelspec(facts, info, hash_of_tensors(bare))
+    kohya, digest = training(facts, info, shape), file.digest()
+    return kohya | hashes(file, kohya, digest) | modelspec(facts, info, digest)
 
 
 def rewritten(
@@ -148,16 +145,16 @@ def rewritten(
     info: BaseInfo,
     shape: Shape,
     baked: BakedFacts,
-    tensors: dict[str, Tensor],
+    file: TensorWriter,
 ) -> dict[str, str]:
     """The header of a file that was baked from another: what that one said, but for what its tensors were."""
     said = {key: value for key, value in header.items() if not key.startswith(_OF_TENSORS)}
     spec = {key: value for key, value in said.items() if key.startswith("modelspec.")}
     kohya = _family(info) | {key: value for key, value in said.items() if key not in spec}
     kohya |= as_text({"ss_output_name": name, **network(shape), **baking(baked)})
-    bare = save(tensors, kohya)
-    spec |= {"modelspec.title": name, "modelspec.hash_sha256": f"0x{hash_of_tensors(bare)}"} if spec else {}
-    return kohya | hashes(bare) | spec
+    digest = file.digest()
+    spec |= {"modelspec.title": name, "modelspec.hash_sha256": f"0x{digest}"} if spec else {}
+    return kohya | hashes(file, kohya, digest) | spec
 
 
 _OF_TENSORS = ("ss_network_", "sshs_", "modelspec.hash_", "lora_adapter_metadata", "lorasmith_baked_")
@@ -283,18 +280,9 @@ def modelspec(facts: Facts, info: BaseInfo, digest: str) -> dict[str, str]:
     return {f"modelspec.{key}": value for key, value in known.items() if value}
 
 
-def hashes(file: bytes) -> dict[str, str]:
-    """`sshs_*` of a file whose header holds the `ss_*` keys only.
-
-    The legacy hash is that of 64 KiB which start 1 MiB into the file (A1111's first model hash).
-    """
-    legacy = hashlib.sha256(file[0x100000:0x110000]).hexdigest()[:8]
-    return {"sshs_model_hash": hash_of_tensors(file), "sshs_legacy_hash": legacy}
-
-
-def hash_of_tensors(file: bytes) -> str:
-    """SHA-256 of the bytes after a safetensors header, lower-case hex: its first 12 digits are AutoV3."""
-    return hashlib.sha256(memoryview(file)[8 + int.from_bytes(file[:8], "little") :]).hexdigest()
+def hashes(file: TensorWriter, kohya: Mapping[str, str], digest: str) -> dict[str, str]:
+    """`sshs_*` of a file; the legacy hash is that of the file whose header holds the `ss_*` keys only."""
+    return {"sshs_model_hash": digest, "sshs_legacy_hash": file.legacy_hash(kohya)}
 
 
 def data_uri(picture: Image.Image) -> str:

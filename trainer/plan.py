@@ -18,7 +18,7 @@ from ..datasets.unpack import anchored, as_folder, display_name, local_folder, p
 from ..datasets.views import Augmentation
 from ..datasets.workers import Progress
 from .bases import BaseInfo, anchored_base, inspect_base
-from .clients import FORM_OF, unread_by
+from .clients.table import FORM_OF, unread_by
 from .config import DataSection, RunConfig
 from .errors import ConfigError, LorasmithError, Problem, UserError, first_line
 from .files import user_cache, writable

@@ -26,7 +26,7 @@ from .jobs import RunFolder, create_run, is_main_process, open_run
 from .loop import Emit, Trainer, base_dtype, mixed_precision
 from .models import load_base
 from .plan import Plan, as_trained, base_of, make_plan
-from .publish import Format, Trained, publish
+from .release import Format, Trained, release
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def export_run(
     """Write and verify the files of one checkpoint, of plain LoRAs of a rank with `bake_to`; returns their paths."""
     trained = load_run(path, step)
     name = trained.config.name if step is None else f"{trained.config.name}-step{trained.step:06d}"
-    return publish(trained, name, folder or trained.run.exports, formats, precision, bake_to)
+    return release(trained, name, folder or trained.run.exports, formats, precision, bake_to)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def _finish(trainer: Trainer, emit: Emit) -> list[Path]:
     run, state = trainer.run, trainer.state
     trained = Trained(run, trainer.config, trainer.base, state.step, state.images)
     with trainer.as_it_is_used():
-        exports = publish(trained, trainer.config.name, run.exports)
+        exports = release(trained, trainer.config.name, run.exports)
     emit(Done(state.step, [path.relative_to(run.path).as_posix() for path in exports]))
     return exports
 

@@ -13,10 +13,9 @@ from typing import Any
 from torch import nn
 
 from .config import AdapterSection, BlockSection, Targets
-from .errors import ConfigError, Problem
-from .full import blocks as blocks_of
-from .full import lies_in, path_of
+from .errors import ConfigError
 from .models import Base
+from .paths import lies_in, path_of, refuse_idle
 
 _ATTENTION = r".*\.attn[12]\.to_(?:q|k|v|out\.0)"
 _FEED_FORWARD = r".*\.(?:ff\.net\.(?:0\.proj|2)|proj_in|proj_out)"
@@ -68,18 +67,6 @@ def layers_of(
         ]
         for component, names in targeted.items()
     }
-
-
-def refuse_idle(setting: str, names: Sequence[str], paths: Sequence[str]) -> None:
-    """Every block that is named has to be there.
-
-    Raises:
-        ConfigError: for all that are not. A `{}` in the setting's name is the number of the block.
-    """
-    fix = f"Blocks are: {', '.join(blocks_of(paths))}."
-    idle = [(setting.format(n), name) for n, name in enumerate(names) if not any(lies_in(p, name) for p in paths)]
-    if idle:
-        raise ConfigError.of(Problem(where, f"{name} is no block of what is trained", fix) for where, name in idle)
 
 
 def _targeted(base: Base, component: str, module: nn.Module, targets: Targets) -> Iterator[tuple[str, nn.Module]]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, get_args
 
-from .config import Kind
+from ..config import Kind
 
 if TYPE_CHECKING:
-    from .delta import Form
+    from ..delta import Form
 
 Client = Literal["A1111", "ComfyUI", "Forge", "InvokeAI", "diffusers", "sd-scripts", "SD.Next", "stable-diffusion.cpp"]
 Reading = Literal["same", "other", "none"]

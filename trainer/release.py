@@ -64,7 +64,7 @@ class Trained:
     """Images seen up to this step."""
 
 
-def publish(
+def release(
     trained: Trained,
     name: str,
     folder: Path,
