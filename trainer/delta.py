@@ -73,6 +73,17 @@ class Delta:
         """The same change with its tensors there."""
         return Delta(self.name, {leaf: tensor.to(device) for leaf, tensor in self.tensors.items()}, self.alpha)
 
+    def times(self, strength: float) -> Delta:
+        """The same change at another strength: a number that is 0 is the original weight.
+
+        Raises:
+            ValueError: for a DoRA, whose change at half the strength is no DoRA.
+        """
+        if self.form == "dora":
+            raise ValueError(f"{self.name}: the change of a DoRA is not in proportion to any of its tensors")
+        scaled = next(leaf for leaf in _IN_PROPORTION if leaf in self.tensors)
+        return Delta(self.name, {**self.tensors, scaled: self.tensors[scaled] * strength}, self.alpha)
+
     def of(self, weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The change of `weight`, in its shape and on its device."""
         t = {name: tensor.to(weight.device, dtype) for name, tensor in self.tensors.items()}
@@ -100,6 +111,10 @@ class Delta:
             and (change.dim() < 4 or tuple(change.shape) == tuple(shape))
             and length in shape[:2]
         )
+
+
+_IN_PROPORTION = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff")
+"""Of each form the tensor that its change is in proportion to."""
 
 
 def _lora(t: Mapping[str, Tensor]) -> Tensor:
