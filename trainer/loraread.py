@@ -199,21 +199,21 @@ def _require(path: Path, problems: Iterator[str]) -> None:
 # merging
 
 
-def parse_merge(text: str) -> tuple[Path, float]:
-    """An entry of base.merge, `FILE` or `FILE:STRENGTH`, as both; a colon after a drive's letter is the path's.
+def parse_merge(text: str, where: str = "base.merge") -> tuple[Path, float]:
+    """A LoRA file with its strength, `FILE` or `FILE:STRENGTH`, as both; a colon after a drive's letter is the path's.
 
     Raises:
         UserError: if it names no .safetensors file, or its strength is no number or 0.
     """
     found = re.fullmatch(r"(?P<path>.+\.safetensors)(?::(?P<strength>.*))?", text, re.IGNORECASE)
     if not found:
-        raise UserError(f"{text!r} is not a .safetensors file", "base.merge", _FILES)
+        raise UserError(f"{text!r} is not a .safetensors file", where, _FILES)
     try:
         strength = float(found["strength"] or 1.0) if found["strength"] != "" else math.nan
     except ValueError:
         strength = math.nan
     if not math.isfinite(strength) or strength == 0:
-        raise UserError(f"{found['strength']!r} in {text!r} is no strength", "base.merge", _FILES)
+        raise UserError(f"{found['strength']!r} in {text!r} is no strength", where, _FILES)
     return Path(found["path"]).expanduser(), strength
 
 
