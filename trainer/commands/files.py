@@ -74,7 +74,7 @@ def convert(
         Literal["fp16", "bf16", "fp32"] | None, typer.Option(help="Precision; that of the source if not given.")
     ] = None,
 ) -> None:
-    """Give a LoRA file other names; or write a whole model as one file, which clients call a checkpoint, or as a folder."""
+    """Give a LoRA file other names; or write a whole model as one file (a checkpoint), or as a diffusers folder."""
     if _is_lora(Path(source)):
         from ..filetools.convert import convert_lora
 
