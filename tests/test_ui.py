@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from lorasmith.trainer.errors import UserError
 from lorasmith.trainer.events import EventLog, Failed, Sampled, Step
 from lorasmith.trainer.jobs import RunFolder
 from lorasmith.ui.app import EXAMPLE, Starts, build, losses, previews_of, sentence_of, serve, view
+from lorasmith.ui.share import clients_of
 
 
 @pytest.fixture
@@ -116,7 +118,7 @@ def test_without_runs_the_page_says_so_and_offers_the_example(tmp_path: Path):
     assert (news, picker.value, shown) == ("", None, None)
     assert sentence.startswith("There are no runs yet.")
     assert example["visible"]
-    assert [update["visible"] for update in hidden] == [False, False, False]
+    assert [update["visible"] for update in hidden] == [False] * 4
 
 
 def test_with_a_run_the_page_shows_it_and_sends_its_pictures_once(tmp_path: Path):
@@ -124,11 +126,26 @@ def test_with_a_run_the_page_shows_it_and_sends_its_pictures_once(tmp_path: Path
     _, _, shown, sentence, example, *parts = view(Starts(tmp_path), None, None)
     assert sentence == "**x**: interrupted at step 1 of 0, saved up to step 0"
     assert not example["visible"]
-    assert [update["visible"] for update in parts] == [True, True, False]
-    *_, loss, previews, files = view(Starts(tmp_path), "x", shown)
+    assert [update["visible"] for update in parts] == [True, True, False, False]
+    *_, loss, previews, files, clients = view(Starts(tmp_path), "x", shown)
     assert loss["visible"]
     assert "value" not in previews
     assert "value" not in files
+    assert "value" not in clients
+
+
+def test_what_clients_make_of_the_files_is_a_table(tmp_path: Path):
+    run = a_run(tmp_path, Step(1, 4, 0.5, 0.1, {"unet": 1e-4}, 0.1))
+    run.exports.mkdir()
+    said = [("A1111", "same", ""), ("Forge", "none", "it skips the file")]
+    clients = [{"client": client, "reading": reading, "why": why} for client, reading, why in said]
+    report = {"file": "x.safetensors", "clients": clients}
+    (run.exports / "x-verified.json").write_text(json.dumps(report), encoding="utf-8")
+    assert clients_of(run).values.tolist() == [
+        ["x.safetensors", "A1111", "does what was trained", ""],
+        ["x.safetensors", "Forge", "does not read it", "it skips the file"],
+    ]
+    assert view(Starts(tmp_path), "x", None)[-1]["visible"]
 
 
 def test_what_was_done_again_after_a_kill_is_shown_once(tmp_path: Path):

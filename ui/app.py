@@ -19,6 +19,7 @@ from ..trainer.events import Sampled, Step, history
 from ..trainer.files import write_text
 from ..trainer.jobs import RunFolder, check_name_is_free, find_runs, start_detached
 from ..trainer.plan import make_plan
+from .share import clients_of, files_of
 
 REFRESH_SECONDS = 2
 EXAMPLE = "blueprint"
@@ -104,9 +105,10 @@ def _runs_tab(page: gr.Blocks, starts: Starts, news: gr.Markdown) -> None:
         label="Previews: the untouched base first", columns=4, height="auto", object_fit="contain", visible=False
     )
     files = gr.Files(label="Files to share", interactive=False, visible=False)
+    clients = gr.Dataframe(label="What each client makes of them", interactive=False, wrap=True, visible=False)
 
     shown = gr.State(None)
-    views: list[Any] = [news, picked, shown, sentence, example, loss, previews, files]
+    views: list[Any] = [news, picked, shown, sentence, example, loss, previews, files, clients]
 
     def refresh(name: str | None, before: Any) -> list[Any]:
         return view(starts, name, before)
@@ -132,7 +134,8 @@ def _runs_tab(page: gr.Blocks, starts: Starts, news: gr.Markdown) -> None:
 
 
 def view(starts: Starts, name: str | None, before: Any) -> list[Any]:
-    """News, the run picker, what is shown now, a run's sentence, the example's button, losses, previews and files.
+    """News, the run picker, what is shown now, a run's sentence, the example's button, losses, previews, files and what
+    clients make of them.
 
     Without a name the newest run is shown; without a run, how to make one. What is empty is hidden; pictures and files
     are sent again only when there are new ones.
@@ -142,13 +145,14 @@ def view(starts: Starts, name: str | None, before: Any) -> list[Any]:
     name = name if name in names else next(iter(names), None)
     picker = gr.Dropdown(choices=names, value=name)
     if name is None:
-        nothing = [gr.update(value=None, visible=False)] * 3
+        nothing = [gr.update(value=None, visible=False)] * 4
         example = gr.update(visible=not starts.alive(starts.newest))
         return [news, picker, None, sentence_of(starts, name), example, *nothing]
     run = RunFolder(folder / name)
-    previews, files = previews_of(run), [str(path) for path in sorted(run.exports.rglob("[!.]*")) if path.is_file()]
+    previews, files = previews_of(run), files_of(run)
     now = (name, len(previews), tuple(files))
-    fresh = [gr.update(value=v, visible=bool(v)) if now != before else gr.skip() for v in (previews, files)]
+    made = [previews, files, clients_of(run)]
+    fresh = [gr.update(value=v, visible=len(v) > 0) if now != before else gr.skip() for v in made]
     loss = losses(run)
     plot = gr.update(value=loss, visible=not loss.empty)
     return [news, picker, now, sentence_of(starts, name), gr.update(visible=False), plot, *fresh]

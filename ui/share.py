@@ -1,0 +1,33 @@
+"""The files that a run has written to share, and what each client makes of them, as the export found it."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+
+from ..trainer.jobs import RunFolder
+
+VERIFIED = "-verified.json"
+_SAID = {
+    "same": "does what was trained",
+    "part": "does a part of it",
+    "other": "does something else",
+    "none": "does not read it",
+}
+
+
+def files_of(run: RunFolder) -> list[str]:
+    """All files that were exported, but for hidden ones, which are being written."""
+    return [str(path) for path in sorted(run.exports.rglob("[!.]*")) if path.is_file()]
+
+
+def clients_of(run: RunFolder) -> pd.DataFrame:
+    """One line for each file and client."""
+    rows = [
+        (report["file"], client["client"], _SAID[client["reading"]], client["why"])
+        for path in sorted(run.exports.glob(f"*{VERIFIED}"))
+        for report in [json.loads(path.read_text(encoding="utf-8"))]
+        for client in report["clients"]
+    ]
+    return pd.DataFrame(rows, columns=["file", "client", "what it does", "because"])
