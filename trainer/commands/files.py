@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,12 +20,14 @@ from .options import (
     Rank,
     Strength,
     print_json,
+    print_lost,
+    progress_of,
     refuse_taken,
     require_file_name,
 )
 
 if TYPE_CHECKING:
-    from ...datasets.workers import Progress
+    from torch import Tensor
 
 BROKEN = 3
 """Exit code of `verify` for a file that does not do what it should."""
@@ -38,7 +38,7 @@ def verify(file: LoraPath, base: BaseOfFile = "", as_json: Json = False) -> None
     does not work."""
     from ..examination import examine_file, report
 
-    with _progress("examining") as progress:
+    with progress_of("examining") as progress:
         examination = examine_file(file, base, progress)
     if as_json:
         print_json(examination.facts())
@@ -79,7 +79,7 @@ def convert(
         from ..filetools.convert import convert_lora
 
         require_file_name(target, "TARGET")
-        with _progress("converting layers") as progress:
+        with progress_of("converting layers") as progress:
             convert_lora(Path(source), target, format_ or "kohya", base, precision, progress)
     else:
         from ..bases import inspect_base
@@ -90,8 +90,8 @@ def convert(
                 raise UserError(f"has no effect: {source} is a whole model", option, "Remove it.")
         refuse_taken(target, "TARGET")
         info = inspect_base(source)
-        with _progress("converting weights") as progress:
-            rewrite(info, target, None, precision, target.stem, progress)
+        with progress_of("converting weights") as progress:
+            rewrite(info, target, _unchanged, precision, target.stem, progress)
         for assumption in info.assumptions:
             typer.echo(f"warning: {assumption}", err=True)
     typer.echo(target)
@@ -128,13 +128,13 @@ def merge(
             if given:
                 raise UserError("has no effect on a whole model", option, "Remove it, or --into.")
         refuse_taken(out, "--out")
-        with _progress("merging weights") as progress:
+        with progress_of("merging weights") as progress:
             merge_into_base(inspect_base(into), sources, out, precision, progress)
     else:
         from ..filetools.merging import merge_loras
 
         require_file_name(out, "--out")
-        with _progress("merging layers") as progress:
+        with progress_of("merging layers") as progress:
             made = merge_loras(sources, out, rank or 0, energy or 0.0, format_, base, precision, progress)
         print_lost(made.lost)
     typer.echo(out)
@@ -154,7 +154,7 @@ def resize(
     _require_one(rank, energy)
     from ..filetools.resizing import resize as resize_file
 
-    with _progress("resizing layers") as progress:
+    with progress_of("resizing layers") as progress:
         made = resize_file(file, out, rank or 0, energy or 0.0, base, format_, precision, progress)
     print_lost(made.lost)
     typer.echo(out)
@@ -179,11 +179,11 @@ def extract(
         raise UserError("has no effect without --rank", "--conv-rank", "Remove it.")
     from ..filetools.extraction import extract as extract_lora
 
-    with _progress("comparing layers") as progress:
+    with progress_of("comparing layers") as progress:
         made = extract_lora(
             tuned, original, out, rank or 0, energy or 0.0, conv_rank or 0, format_, precision, progress=progress
         )
-    for sentence in made.left_out:
+    for sentence in made.told:
         typer.echo(f"warning: {sentence}", err=True)
     print_lost(made.lost)
     typer.echo(out)
@@ -204,15 +204,14 @@ def blend(
     from ..filetools.blending import blend_bases
     from ..strengths import Strengths
 
-    with _progress("blending weights") as progress:
+    with progress_of("blending weights") as progress:
         blend_bases(first, second, Strengths.parse(strength, block or []), out, precision, progress)
     typer.echo(out)
 
 
-def print_lost(lost: Mapping[str, float]) -> None:
-    """What a lower rank lacks."""
-    for component, share in lost.items():
-        typer.echo(f"{component}: {share:.2%} of the change is lost")
+def _unchanged(component: str, name: str, weight: Tensor) -> Tensor:
+    del component, name
+    return weight
 
 
 def _is_lora(path: Path) -> bool:
@@ -225,13 +224,3 @@ def _is_lora(path: Path) -> bool:
 def _require_one(rank: int | None, energy: float | None) -> None:
     if (rank is None) == (energy is None):
         raise UserError("give one of the two", "--rank, --energy", "A rank such as 32, or an energy such as 0.95.")
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Progress]:
-    """A bar on a terminal."""
-    from ..console import Reporter
-    from ..events import Phase
-
-    with Reporter() as report:
-        yield lambda done, total: report(Phase(what, done, total))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ...datasets.workers import Progress
 
 Strings = list[str] | None
 
@@ -41,6 +46,22 @@ BlockStrengths = Annotated[
     typer.Option("--block", metavar="PATH=NUMBER", help="That of one block, as unet.up_blocks.1=0.5; may be repeated."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+
+
+def print_lost(lost: Mapping[str, float]) -> None:
+    """What a lower rank lacks."""
+    for component, share in lost.items():
+        typer.echo(f"{component}: {share:.2%} of the change is lost")
+
+
+@contextmanager
+def progress_of(what: str) -> Iterator[Progress]:
+    """A bar on a terminal."""
+    from ..console import Reporter
+    from ..events import Phase
+
+    with Reporter() as report:
+        yield lambda done, total: report(Phase(what, done, total))
 
 
 def print_json(value: Any) -> None:

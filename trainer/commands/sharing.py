@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ..errors import UserError
-from .files import print_lost
-from .options import BlockStrengths, FilePrecision, Rank, RunPath, Strength, refuse_taken, refuse_unwritable
+from .options import (
+    BlockStrengths,
+    Rank,
+    RunPath,
+    Strength,
+    print_lost,
+    progress_of,
+    refuse_taken,
+    refuse_unwritable,
+)
 
-if TYPE_CHECKING:
-    from ..release import Format
+OwnPrecision = Annotated[
+    Literal["fp16", "bf16", "fp32"] | None,
+    typer.Option("--precision", help="Precision of the files; export.precision if not given."),
+]
+ExportFolder = Annotated[Path | None, typer.Option("--out", help="The folder; the run's exports/ if not given.")]
+Bundle = Annotated[bool, typer.Option("--bundle", help="Also write a .zip of all, with a card and a license note.")]
 
 
 def sample(
@@ -53,61 +66,105 @@ def sample(
         typer.echo(folder / f"{number:02d}.png")
 
 
+def interpolate(
+    path: RunPath,
+    steps: Annotated[str, typer.Option(help="The checkpoints, as in 300,400,500; with --with, one of each run.")] = "",
+    weights: Annotated[str, typer.Option(help="Their shares, as in 1,1,2; equal if not given.")] = "",
+    with_: Annotated[Path | None, typer.Option("--with", metavar="RUN", help="Average with this run.")] = None,
+    rank: Rank = None,
+    extrapolate: Annotated[bool, typer.Option(help="Allow negative weights.")] = False,
+    precision: OwnPrecision = None,
+    out: ExportFolder = None,
+    bundle: Bundle = False,
+) -> None:
+    """Write the weighted mean of checkpoints, of a run or of two, as files to share: often better than each of them."""
+    if out:
+        refuse_unwritable(out, "--out")
+
+    from ..release import release
+    from ..soups import interpolate_run
+
+    wanted, shares = _numbers(steps, int, "--steps"), _numbers(weights, float, "--weights")
+    with progress_of("averaging") as progress:
+        mean = interpolate_run(path, wanted, shares, with_, rank, extrapolate, progress)
+    folder = out or mean.trained.run.exports
+    changes, sources = mean.changes, mean.merged_from
+    files = release(
+        mean.trained, mean.name, folder, precision=precision, bundle=bundle, changes=changes, merged_from=sources
+    )
+    for file in files:
+        typer.echo(file)
+    print_lost(mean.lost)
+
+
 def export(
     path: RunPath,
     step: Annotated[int | None, typer.Option(help="The checkpoint; the newest if not given.")] = None,
     format_: Annotated[
         str, typer.Option("--format", help="kohya or diffusers; of a whole model, ldm or diffusers; all if not given.")
     ] = "",
-    precision: FilePrecision = "fp16",
-    out: Annotated[Path | None, typer.Option(help="The folder; the run's exports/ if not given.")] = None,
+    precision: OwnPrecision = None,
+    out: ExportFolder = None,
+    strength: Strength = 1.0,
+    block: BlockStrengths = None,
     bake: Annotated[
         int | None, typer.Option(min=1, metavar="RANK", help="Write a plain LoRA of this rank of whatever was trained.")
     ] = None,
+    bundle: Bundle = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="export.KEY=VALUE", help="Override a setting of [export]; may be repeated."),
+    ] = None,
 ) -> None:
-    """Write the files to share, load them back, and compare them with the trained model."""
+    """Write the files to share, load them back, and compare them with the trained model; say what each client makes of
+    them. A strength other than 1 becomes a part of the file."""
     if out:
         refuse_unwritable(out, "--out")
 
+    from ..formats import Format, formats_of
     from ..jobs import open_run
     from ..lorafile import LoraFile
-    from ..release import formats_of
     from ..run import export_run
+    from ..strengths import Strengths
 
     config = open_run(path).read_config()
     if bake and config.adapter.kind == "full":
         raise UserError("has no effect: the run trained the base's own weights", "--bake", "Remove it.")
     there = formats_of(config, baked=bool(bake))
-    wanted = [name.strip() for name in format_.split(",")] if format_ else list(there)
+    wanted = [name.strip() for name in format_.split(",")] if format_ else []
     formats: list[Format] = [name for name in there if name in wanted]
     if unknown := [name for name in wanted if name not in there]:
         fix = f"Formats: {', '.join(there)}."
         if unknown[0] == "diffusers":
             fix += " diffusers does not load this kind; with --bake RANK a plain LoRA is written, which it does."
         raise UserError(f"there is no format {unknown[0]!r} of this run", "--format", fix)
-    files = export_run(path, step, formats, out, precision, bake or 0)
+    strengths = Strengths.parse(strength, block or [])
+    files = export_run(path, step, formats, out, precision, bake or 0, strengths, bundle, set_ or [])
     for file in files:
         typer.echo(file)
     if bake:
         print_lost(json.loads(LoraFile.open(files[0]).metadata["lorasmith_baked_lost"]))
 
 
-def interpolate(
-    path: RunPath,
-    steps: Annotated[str, typer.Option(help="The checkpoints, as in 300,400,500.")],
-    weights: Annotated[str, typer.Option(help="Their shares, as in 1,1,2; equal if not given.")] = "",
-    rank: Rank = None,
-    out: Annotated[Path | None, typer.Option(help="The folder; the run's exports/ if not given.")] = None,
-    precision: FilePrecision = "fp16",
-) -> None:
-    """Write the mean of several checkpoints as files to share."""
-
-
 def publish(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of exported files.")],
-    repo: Annotated[str, typer.Option(help="The repository on the Hub, as owner/name.")],
+    source: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The .zip of an export, or the folder of one.")],
+    repo: Annotated[str, typer.Option(help="The repository on the Hub, as owner/name; it is made if not there.")],
+    private: Annotated[bool, typer.Option(help="Only you see it.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Also where the repository holds something else.")] = False,
 ) -> None:
-    """Upload files to share to the Hugging Face Hub."""
+    """Upload a bundle to the Hugging Face Hub, with the token of `hf auth login` or HF_TOKEN."""
+    from ..hub import publish as upload
+
+    published = upload(source, repo, private, overwrite=overwrite)
+    typer.echo(published.url)
+
+
+def _numbers(text: str, kind: Callable[[str], Any], where: str) -> list[Any]:
+    """Those of a list with commas."""
+    try:
+        return [kind(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise UserError(f"{text!r} is no list of numbers", where, "Write them with commas, as in 300,400.") from None
 
 
 def _new_folder(parent: Path, name: str) -> Path:
