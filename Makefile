@@ -4,13 +4,15 @@
 # check  check the format, lint and type-check
 # format format, and mend what the linter can
 # pocket make the embedded base anew in .cache/pocket/pocket, and measure it; hours
+# clients set up real clients in .cache/clients, and ask each what it makes of our files (docs/clients.md); minutes, and
+#        gigabytes the first time. CLIENTS="--only InvokeAI" and the like choose.
 # INSTALL=. installs the package as users get it; the default is an editable install for developers.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 INSTALL ?= -e .
 BIN := .venv/bin
 
-.PHONY: demo test ui check format pocket clean
+.PHONY: demo test ui check format pocket clients clean
 
 demo: .venv/installed
 	$(BIN)/lorasmith demo
@@ -36,6 +38,9 @@ pocket: .venv/installed
 	$(BIN)/python -m tools.pocket
 	$(BIN)/python -m tools.pocket.measure .cache/pocket/pocket
 	$(BIN)/python -m tools.pocket.card
+
+clients: .venv/installed
+	$(BIN)/python -m tools.clients $(CLIENTS)
 
 clean:
 	rm -rf .venv .cache build *.egg-info

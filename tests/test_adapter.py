@@ -23,11 +23,12 @@ from lorasmith.trainer.adapter import (
 from lorasmith.trainer.bases import inspect_base
 from lorasmith.trainer.config import AdapterSection, BlockSection
 from lorasmith.trainer.delta import Delta, lora
-from lorasmith.trainer.errors import ConfigError
+from lorasmith.trainer.errors import ConfigError, UserError
 from lorasmith.trainer.fitting import parameter_groups, parts, put_on
 from lorasmith.trainer.full import trained_weights
 from lorasmith.trainer.initial import look_at_data
 from lorasmith.trainer.models import Base, load_base
+from lorasmith.trainer.strengths import Strengths
 
 from . import tiny
 
@@ -107,16 +108,28 @@ def test_every_kind_begins_at_the_base_acts_as_it_says_and_is_gone_at_strength_0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_the_strength_is_half_the_change_of_every_weight(kind: str, base: Base):
+def test_a_strength_is_a_share_of_the_change_of_every_weight_of_its_block(kind: str, base: Base):
     put_on(base, AdapterSection(**KINDS[kind]), seed=1)
     train_a_little(base)
-    fresh = load_base(base.info)
+    live, fresh = answer(base), load_base(base.info)
+    strengths = Strengths(0.5, (("unet.up_blocks", 0.0), ("text_encoder", 1.0), ("*.attn2", -0.7)))
     for component, module in base.components.items():
         for delta in deltas(module):
             weight = fresh.components[component].get_submodule(delta.name).weight
-            weight.add_(0.5 * delta.of(weight))
-    with strength(base, 0.5):
+            weight.add_(strengths.of(component, delta.name) * delta.of(weight))
+    with strength(base, strengths):
         assert distance(answer(base), answer(fresh)) < ROUNDING
+    assert torch.equal(answer(base), live)
+
+
+def test_a_strength_of_a_block_that_is_not_trained_is_refused(base: Base):
+    put_on(base, AdapterSection(train_only=["unet.up_blocks", "text_encoder"], **SMALL), seed=1)
+    nowhere = Strengths(1.0, (("unet.down_blocks", 0.5),))
+    with (
+        pytest.raises(ConfigError, match=r"--block: unet\.down_blocks is no block of what is trained"),
+        strength(base, nowhere),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -324,6 +337,17 @@ def test_the_trigger_becomes_tokens_of_its_own(base: Base):
         assert distance(answer(base), plain) < ROUNDING
         assert torch.equal(base.tokenize(["a TRG house, trgs"]).ids[0], words)
     assert torch.equal(answer(base), live)
+
+    encoders = Strengths(0.5, tuple((name, 0.0) for name in base.text_encoders))
+    for strengths, read in ((Strengths(0.5), True), (Strengths(0.5, (("unet", 0.0),)), True), (encoders, False)):
+        with strength(base, strengths):
+            assert torch.equal(base.tokenize(["a TRG house, trgs"]).ids[0], words) is not read
+    if base.info.family == "sdxl":
+        with (
+            pytest.raises(UserError, match="read by both text encoders or by none"),
+            strength(base, Strengths(1.0, (("text_encoder_2", 0.0),))),
+        ):
+            pass
 
 
 def test_captions_end_where_they_end_and_not_at_a_new_token(base: Base):

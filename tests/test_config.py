@@ -124,6 +124,14 @@ FULL = {
     "objective": {"prediction": "v_prediction", "min_snr_gamma": 3.0, "noise_offset": 0.05},
     "save": {"every": 0, "keep": 3},
     "sample": {"every": 5, "prompts": ["a\nb\ttab", 'quote " \\ back', "\u2028\x7f\x01 # no comment", ""]},
+    "export": {
+        "formats": ["diffusers", "kohya"],
+        "precision": "fp32",
+        "metadata": "all",
+        "strength": 0.8,
+        "bundle": True,
+    }
+    | {"title": 'My "ink"', "author": "me, 💡", "license": "cc-by-4.0", "tags": ["ink"], "description": "a\n\nb --- c"},
     "runtime": {"precision": "bf16", "attention": "sdpa", "gradient_checkpointing": True, "cache": "/tmp/ca che"},
 }
 
@@ -486,6 +494,8 @@ OTHER: dict[str, Any] = {
     "objective.timestep_std": 2.0,
     "objective.multires_noise_discount": 0.8,
     "sample.prompts": ["a"],
+    "export.tag_threshold": 5,
+    "export.strength": 0.8,
 }
 """Of settings that depend on others, a value that is not the default."""
 WITHOUT = {
@@ -495,6 +505,7 @@ WITHOUT = {
     "objective.weighting": ("none", "debiased"),
     "objective.loss": ("mse", "l1"),
     "objective.timesteps": ("uniform",),
+    "export.metadata": ("all", "none"),
 }
 """Values of the settings they depend on."""
 
@@ -660,6 +671,18 @@ CONTRADICTIONS: dict[str, tuple[list[tuple[str, Any]], str, str, list[tuple[str,
         "data.0.unmasked_weight",
         "Remove it.",
         [("data", [{"path": "a", "mask": "alpha", "unmasked_weight": 0.1}])],
+    ),
+    "a format of something else": (
+        [("adapter.kind", "loha"), ("export.formats", ["kohya", "diffusers"])],
+        "export.formats.1",
+        'Formats: "kohya".',
+        [("adapter.kind", "full"), ("export.formats", ["ldm", "diffusers"])],
+    ),
+    "a format twice": (
+        [("export.formats", ["kohya", "kohya"])],
+        "export.formats.1",
+        "Remove one of the two.",
+        [("export.formats", ["diffusers", "kohya"])],
     ),
     "no images of the style": (
         [("data", [{"path": "a", "regularization": True}])],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorasmith.trainer.delta import Delta, baked, lora, refactored
+from lorasmith.trainer.delta import Delta, baked, baked_sum, factors, joined, lora, matrix_svd, refactored
 
 LINEAR, CONVOLUTION = (12, 8), (12, 8, 3, 3)
 
@@ -193,6 +193,79 @@ def test_baking_at_a_low_rank_loses_what_singular_values_say(
     left = delta.of(weight) - made.delta.of(weight)
     assert made.rest == pytest.approx(float(left.norm()), rel=1e-3, abs=1e-4)
     assert float(made.delta.down.norm()) == pytest.approx(float(made.delta.up.norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize("strength", [0.5, -2.0, 0.0])
+@pytest.mark.parametrize(("make", "shape"), CASES)
+def test_a_change_at_another_strength_is_that_multiple_of_it(
+    make: Callable[[tuple[int, ...]], Delta], shape: tuple[int, ...], strength: float
+):
+    delta, weight = make(shape), torch.randn(shape)
+    if delta.form == "dora":
+        with pytest.raises(ValueError, match="the change of a DoRA is not in proportion"):
+            delta.times(strength)
+        return
+    made = delta.times(strength)
+    assert (made.form, made.alpha) == (delta.form, delta.alpha)
+    torch.testing.assert_close(made.of(weight), strength * delta.of(weight), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("make", "shape"), CASES)
+def test_factors_hold_the_whole_change(make: Callable[[tuple[int, ...]], Delta], shape: tuple[int, ...]):
+    delta, weight = make(shape), torch.randn(shape)
+    found = factors(delta)
+    if make not in (plain, tucker, loha, lokr):
+        assert found is None
+        return
+    assert found is not None
+    up, down = found
+    torch.testing.assert_close((up @ down).view(shape), delta.of(weight, torch.float64), rtol=1e-7, atol=1e-7)
+
+
+def test_plain_changes_side_by_side_are_their_sum():
+    parts = [(plain(CONVOLUTION), 0.5), (tucker(CONVOLUTION), -2.0)]
+    weight, made = torch.randn(CONVOLUTION), joined(parts)
+    assert made is not None
+    assert (made.rank, made.scale) == (8, 1.0)
+    expected = sum(strength * delta.of(weight) for delta, strength in parts)
+    torch.testing.assert_close(made.of(weight), expected, rtol=1e-5, atol=1e-5)
+    assert joined([*parts, (full(CONVOLUTION), 1.0)]) is None
+
+
+@pytest.mark.parametrize("shape", [LINEAR, CONVOLUTION])
+def test_a_sum_of_all_forms_is_baked(shape: tuple[int, ...]):
+    makers = [make for make, own in CASES if own == shape]
+    parts, weight = [(make(shape), 0.25 * number - 1) for number, make in enumerate(makers)], torch.randn(shape)
+    made = baked_sum(parts, weight, 512)
+    expected = sum(strength * delta.of(weight, torch.float64) for delta, strength in parts)
+    torch.testing.assert_close(made.delta.of(weight, torch.float64), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("make", [plain, full])
+def test_an_energy_is_kept_by_the_least_rank(make: Callable[[tuple[int, ...]], Delta], energy: float):
+    delta, weight = make(LINEAR), torch.randn(LINEAR)
+    made = baked(delta, weight, energy=energy)
+    squares = torch.linalg.svdvals(delta.of(weight, torch.float64)) ** 2
+    kept = squares.cumsum(0) / squares.sum()
+    most = {plain: 4, full: 8}[make]
+    assert made.delta.rank == min(most, int((kept < energy).sum()) + 1)
+    assert made.lost**2 <= 1 - energy + 1e-9
+
+
+def test_of_nothing_an_energy_takes_one_rank():
+    assert baked(lora("x", torch.randn(4, 8), torch.zeros(12, 4), 4.0), torch.randn(LINEAR), energy=0.9).delta.rank == 1
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (9, 9)])
+@pytest.mark.parametrize("rank", [3, 8])
+def test_a_matrix_is_decomposed_as_the_library_does_it(shape: tuple[int, int], rank: int):
+    matrix = torch.randn(shape[0], rank, dtype=torch.float64) @ torch.randn(rank, shape[1], dtype=torch.float64)
+    u, s, v = matrix_svd(matrix)
+    expected = torch.linalg.svdvals(matrix)
+    torch.testing.assert_close(s, expected, rtol=1e-6, atol=1e-6 * float(expected[0]))
+    torch.testing.assert_close((u * s) @ v, matrix, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(u[:, :rank].T @ u[:, :rank], torch.eye(rank, dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
 
 def test_nothing_is_baked_of_nothing():

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig
@@ -26,9 +23,8 @@ from typer.testing import CliRunner
 
 from lorasmith.trainer.adapter import ADAPTER, base_weight, deltas, strength
 from lorasmith.trainer.architectures import ARCHITECTURES
-from lorasmith.trainer.baking import bake, bake_file
-from lorasmith.trainer.bases import FAMILY_TITLES, BaseInfo, FamilyName, inspect_base
-from lorasmith.trainer.card import write_beside
+from lorasmith.trainer.baking import bake
+from lorasmith.trainer.bases import FAMILY_TITLES, FamilyName, inspect_base
 from lorasmith.trainer.cli import app
 from lorasmith.trainer.clients.table import FORM_OF, unread_by
 from lorasmith.trainer.config import AdapterSection, RunConfig
@@ -36,12 +32,13 @@ from lorasmith.trainer.errors import ExportError, UserError
 from lorasmith.trainer.export import castable, export, write
 from lorasmith.trainer.fitting import put_on
 from lorasmith.trainer.full import trained_weights
+from lorasmith.trainer.inspection import inspect
 from lorasmith.trainer.jobs import RunFolder, create_run
 from lorasmith.trainer.keys import Format, diffusers_name, grammar, kohya_name
 from lorasmith.trainer.loop import Trainer
-from lorasmith.trainer.lorafile import LoraFile, inspect
+from lorasmith.trainer.lorafile import LoraFile
 from lorasmith.trainer.loraread import merge, read_lora
-from lorasmith.trainer.metadata import Facts, FolderFacts, usage_hint
+from lorasmith.trainer.metadata import Facts
 from lorasmith.trainer.models import FAMILIES, Base, load_base
 from lorasmith.trainer.pivotal import token_embeddings
 from lorasmith.trainer.plan import make_plan
@@ -575,11 +572,11 @@ def test_the_header_names_the_network(
 def test_what_clients_do_not_read_is_told_before_training():
     assert unread_by("lora") == []
     assert unread_by("loha") == [
-        "loha: diffusers and sd-scripts do not read it; lorasmith bake writes a plain LoRA of it."
+        "loha: diffusers and sd-scripts do not read it; lorasmith resize writes a plain LoRA of it."
     ]
     for form in ("dora", "lokr", "full"):
         assert all(sentence.startswith(f"{form}: ") for sentence in unread_by(form))
-        assert any("lorasmith bake" in sentence for sentence in unread_by(form))
+        assert any("lorasmith resize" in sentence for sentence in unread_by(form))
     assert "ComfyUI" in unread_by("dora")[0]
 
 
@@ -632,54 +629,6 @@ def test_a_damaged_baked_file_is_rejected(folders: dict[str, Path], tmp_path: Pa
         verify(path, base, lambda: freshly(base), changes)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_file_is_baked_on_the_base_it_was_made_for(folders: dict[str, Path], tmp_path: Path, kind: str):
-    base, source, target = of_kind(folders["sdxl"], kind), tmp_path / "old.safetensors", tmp_path / "new.safetensors"
-    write(base, source, "kohya", all_facts(), "fp32")
-    made = bake_file(source, 512, target, str(folders["sdxl"]), "fp32")
-    assert all(lost < 1e-5 for lost in made.facts.lost.values())
-    fresh = freshly(base)
-    for component, own in read_lora(target, fresh.components, "sdxl").items():
-        live = {delta.name: delta for delta in deltas(base.components[component])}
-        for delta in own:
-            weight = fresh.components[component].get_submodule(delta.name).weight
-            torch.testing.assert_close(delta.of(weight), live[delta.name].of(weight), rtol=1e-3, atol=1e-5)
-    raw, header = target.read_bytes(), LoraFile.open(target).metadata
-    digest = hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
-    assert header["sshs_model_hash"] == header["modelspec.hash_sha256"].removeprefix("0x") == digest
-    assert header["ss_output_name"] == header["modelspec.title"] == "new"
-    assert header["ss_network_module"] == "networks.lora"
-    assert json.loads(header["ss_tag_frequency"]) == {"photos": {"house": 3, "ein Häuschen": 1}}
-    assert {path.name for path in tmp_path.iterdir()} == {"old.safetensors", "new.safetensors"}
-
-
-def test_a_file_for_a_published_model_is_baked_without_a_base(tmp_path: Path):
-    name, random = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", torch.Generator()
-    sizes = {"w1_a": (320, 2), "w1_b": (2, 768), "w2_a": (320, 2), "w2_b": (2, 768)}
-    weights = {f"{name}.hada_{leaf}": torch.randn(size, generator=random) for leaf, size in sizes.items()}
-    save_file(weights, tmp_path / "old.safetensors")
-    seen: list[tuple[int, int]] = []
-    made = bake_file(tmp_path / "old.safetensors", 4, tmp_path / "new.safetensors", progress=lambda *n: seen.append(n))
-    assert made.facts.lost["unet"] < 1e-5  # the product of two matrices of rank 2 has rank 4
-    assert seen == [(1, 1)]
-    assert inspect(tmp_path / "new.safetensors")["family"] == "sd1"
-    assert LoraFile.open(tmp_path / "new.safetensors").metadata["ss_base_model_version"] == "sd_v1"
-
-
-def test_a_file_that_cannot_be_baked_is_refused_with_what_is_missing(folders: dict[str, Path], tmp_path: Path):
-    def refused(weights: dict[str, Any], says: str) -> None:
-        save_file(weights, tmp_path / "old.safetensors")
-        with pytest.raises(UserError, match=re.compile(says, re.DOTALL)):
-            bake_file(tmp_path / "old.safetensors", 4, tmp_path / "new.safetensors")
-        assert not (tmp_path / "new.safetensors").exists()
-
-    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
-    lora = {f"{name}.lora_down.weight": torch.ones(2, 768), f"{name}.lora_up.weight": torch.ones(320, 2)}
-    refused(lora | {f"{name}.dora_scale": torch.ones(320, 1)}, "is a DoRA, .*--base")
-    refused({f"{name}.diff": torch.ones(8, 8)}, "is for a base that cannot be told: .*--base")
-    refused(lora | {f"{name}.lora_up.weight": torch.ones(8, 2)}, "does not change.*--base: not given, so")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # by the command
 
@@ -706,10 +655,10 @@ def command(*arguments: object) -> str:
 @pytest.mark.parametrize("finished", [("sd1", {"kind": "loha"})], indirect=True)
 def test_a_run_and_its_file_are_baked_by_the_command(finished: RunFolder, folders: dict[str, Path], tmp_path: Path):
     told = command("export", finished.path, "--out", tmp_path)
-    assert told.split() == [str(tmp_path / "short.safetensors")]
+    assert told.split() == [str(tmp_path / f"short{ending}") for ending in (".safetensors", ".md", ".json")]
     card = (tmp_path / "short.md").read_text(encoding="utf-8")
     assert "The file is a loha" in card
-    assert "lorasmith bake short.safetensors --rank 32" in card
+    assert "lorasmith resize short.safetensors" in card
     assert "load_lora_weights" not in card
     assert "diffusers" not in card.split("---")[1]
     with pytest.raises(UserError, match=r"no format 'diffusers' of this run.*--bake RANK"):
@@ -723,7 +672,7 @@ def test_a_run_and_its_file_are_baked_by_the_command(finished: RunFolder, folder
     assert "| baked to rank | 2 |" in card
     assert "weight_name='short-baked2.safetensors'" in card
 
-    arguments = ("bake", tmp_path / "short.safetensors", "--rank", 2, "--base", folders["sd1"])
+    arguments = ("resize", tmp_path / "short.safetensors", "--rank", 2, "--base", folders["sd1"])
     assert "of the change is lost" in command(*arguments, "--out", tmp_path / "again.safetensors")
     with pytest.raises(UserError, match="exists already"):
         command(*arguments, "--out", tmp_path / "again.safetensors")
@@ -886,129 +835,14 @@ def test_a_layer_that_some_clients_drop_has_no_name(path: str):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# header, hashes, what stands beside the file
-
-
-def all_facts() -> Facts:
-    config = RunConfig.model_validate(
-        {"name": "my-style", "data": [{"path": "/home/somebody/photos", "trigger": "mystyle"}], "adapter": {"alpha": 2}}
-    )
-    return Facts(
-        name="my-style",
-        config=config,
-        folders=(FolderFacts("/home/somebody/photos", 12, 2, "mystyle"), FolderFacts("D:\\somebody\\photos", 3)),
-        buckets={(32, 32): 10, (24, 40): 5},
-        tag_frequency={"/home/somebody/photos": {"house": 3, "ein Häuschen": 1}},
-        steps=500,
-        images_seen=2000,
-        started=1_700_000_000.0,
-        finished=1_700_000_600.0,
-        loss=0.123,
-        picture=Image.new("RGBA", (600, 300), (255, 0, 0, 128)),
-    )
-
-
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("family", NAMES)
-def test_the_header_tells_what_clients_look_for(folders: dict[str, Path], tmp_path: Path, family: str, format: Format):
-    base, path = trained(folders[family], alpha=2.0), tmp_path / "my-style.safetensors"
-    exported = write(base, path, format, all_facts())
-    raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    assert raw[8:10] == b'{"'
-    header = json.loads(raw[8 : 8 + length])["__metadata__"]
-    assert all(type(key) is type(value) is str for key, value in header.items())
-    assert "lora_adapter_metadata" not in header
-
-    after = hashlib.sha256(raw[8 + length :]).hexdigest()
-    assert header["sshs_model_hash"] == exported.hashes.tensors == after
-    assert header["modelspec.hash_sha256"] == f"0x{after}"
-    assert exported.hashes.autov3 == after[:12]
-    assert exported.hashes.sha256 == hashlib.sha256(raw).hexdigest()
-    assert exported.hashes.autov2 == exported.hashes.sha256[:10]
-    assert exported.hashes.autov1 == hashlib.sha256(raw[0x100000:0x110000]).hexdigest()[:8]
-    bare = tmp_path / "bare.safetensors"
-    save_file(load_file(path), bare, {key: value for key, value in header.items() if key.startswith("ss_")})
-    legacy = hashlib.sha256(bare.read_bytes()[0x100000:0x110000]).hexdigest()[:8]
-    assert header["sshs_legacy_hash"] == legacy
-
-    text = json.dumps(header)
-    assert "somebody" not in text
-    assert str(tmp_path) not in text
-    for key in ("ss_tag_frequency", "ss_dataset_dirs", "ss_bucket_info"):
-        assert header[key].startswith("{")
-        assert json.loads(header[key], parse_constant=pytest.fail)
-    assert json.loads(header["ss_dataset_dirs"]) == {
-        "photos": {"n_repeats": 2, "img_count": 12},
-        "photos_2": {"n_repeats": 1, "img_count": 3},
-    }
-    assert json.loads(header["ss_tag_frequency"]) == {"photos": {"house": 3, "ein Häuschen": 1}}
-    assert header["ss_num_train_images"] == "27"
-    assert header["modelspec.date"] == "2023-11-14T22:23:20+00:00"
-    assert header["modelspec.trigger_phrase"] == "mystyle"
-    assert header["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
-    expected = {
-        "sd1": ("sd_v1", "False", "stable-diffusion-v1/lora", "epsilon"),
-        "sd2": ("sd_v2_v", "True", "stable-diffusion-v2-768-v/lora", "v"),
-        "sdxl": ("sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora", "epsilon"),
-    }[family]
-    keys = ("ss_base_model_version", "ss_v2", "modelspec.architecture", "modelspec.prediction_type")
-    assert tuple(header[key] for key in keys) == expected
-    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "2.0" if format == "kohya" else "4.0")
-
-
-def test_what_is_not_known_is_left_out(folders: dict[str, Path], tmp_path: Path):
-    base = trained(folders["sd1"])
-    path = write(base, tmp_path / "x.safetensors", "kohya", Facts("x")).path
-    header = LoraFile.open(path).metadata
-    unknown = {"ss_tag_frequency", "ss_dataset_dirs", "ss_seed", "ss_steps", "ss_training_started_at", "modelspec.date"}
-    assert not unknown & set(header)
-    assert "None" not in header.values()
-
-
-def test_card_sidecar_and_picture_stand_beside_the_file(folders: dict[str, Path], tmp_path: Path):
-    base = trained(folders["sdxl"])
-    exported = export(base, tmp_path / "v1.5 style.safetensors", all_facts(), lambda: freshly(base))
-    write_beside(exported.path, all_facts(), base.info)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        f"v1.5 style{ending}" for ending in (".safetensors", ".md", ".json", ".png")
-    }
-    sidecar = json.loads((tmp_path / "v1.5 style.json").read_text(encoding="utf-8"))
-    assert sidecar["sd version"] == "SDXL"
-    assert sidecar["activation text"] == "mystyle"
-    card = (tmp_path / "v1.5 style.md").read_text(encoding="utf-8")
-    front = dict(line.split(": ", 1) for line in card.split("---")[1].strip().splitlines())
-    values = {key: json.loads(value) for key, value in front.items()}
-    assert values["license"] == "openrail++"
-    assert values["instance_prompt"] == "mystyle"
-    assert "stable-diffusion-xl" in values["tags"]
-    assert "base_model" not in values  # a folder of this computer is no model of the Hub
-    assert "somebody" not in card
-    assert str(tmp_path) not in card
-    with Image.open(tmp_path / "v1.5 style.png") as shown:
-        assert (shown.size, shown.mode, shown.info) == ((600, 300), "RGB", {})
-
-
-def test_a_base_from_the_hub_is_named_in_the_card():
-    from lorasmith.trainer.card import front_matter
-
-    name = "stabilityai/stable-diffusion-2-1"
-    info = BaseInfo(name, name, "sd2", "v_prediction", 768, 8, 64)
-    front = front_matter(Facts("x"), info, None)
-    assert front["base_model"] == name
-    assert front["base_model_relation"] == "adapter"
-
-
-def test_a_lora_for_a_merged_base_says_what_it_goes_with(folders: dict[str, Path]):
-    info = replace(inspect_base(str(folders["sdxl"])), merges=(("/home/somebody/detail.safetensors", 0.6),))
-    assert usage_hint(Facts("x"), info) == "It was trained with detail.safetensors at 0.6 on: load that beside it."
+# what is in a file
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("family", NAMES)
 def test_inspect_says_what_is_in_a_file(folders: dict[str, Path], tmp_path: Path, family: str, format: Format):
     base, path = trained(folders[family], alpha=2.0), tmp_path / "x.safetensors"
-    write(base, path, format, all_facts())
+    write(base, path, format, Facts("x", tag_frequency={"photos": {"house": 3}}))
     found = json.loads(json.dumps(inspect(path), allow_nan=False))
     assert (found["format"], found["family"], found["other_keys"]) == (format, family, [])
     assert FAMILY_TITLES[found["family"]]
@@ -1032,15 +866,10 @@ def test_inspect_reads_any_safetensors_file_and_refuses_others(tmp_path: Path):
     found = inspect(tmp_path / "other.safetensors")
     assert (found["format"], found["family"], found["components"]) == ("unknown", "unknown", {})
     assert found["other_keys"] == ["alpha", "model.weight"]
-    for name, content in (("empty", b""), ("short", b"abc"), ("words", b"not a model, but a long letter" * 9)):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match="not a whole safetensors file") as caught:
-            inspect(tmp_path / name)
-        assert str(tmp_path / name) in str(caught.value)
-    with pytest.raises(UserError, match="no such file"):
-        inspect(tmp_path / "missing.safetensors")
-    with pytest.raises(UserError, match="is a folder"):
-        inspect(tmp_path)
+    (tmp_path / "short").write_bytes(b"abc")
+    with pytest.raises(UserError, match="not a whole safetensors file") as caught:
+        inspect(tmp_path / "short")
+    assert str(tmp_path / "short") in str(caught.value)
 
 
 def test_a_file_must_be_named_as_what_it_is(folders: dict[str, Path], tmp_path: Path):

@@ -24,6 +24,7 @@ from lorasmith.trainer.lorafile import LoraFile
 from lorasmith.trainer.models import Base, load_base
 from lorasmith.trainer.paths import lies_in, path_of
 from lorasmith.trainer.plan import make_plan
+from lorasmith.trainer.strengths import Strengths
 
 from . import tiny
 from .conftest import trained_run
@@ -173,6 +174,24 @@ def test_strength_interpolates_between_the_base_and_the_tuned_weights(full):
         expected = {name: 0.75 * original[name] + 0.25 * tuned[name] for name in tuned}
         assert all(torch.allclose(weight, expected[name], atol=1e-6) for name, weight in weights_of(base).items())
     assert all(torch.equal(weight, tuned[name]) for name, weight in weights_of(base).items())
+
+
+def test_a_block_of_a_whole_model_has_a_strength_of_its_own(full):
+    base = trained_run(full()).base
+    original, tuned = weights_of(load_base(base.info)), {name: w.clone() for name, w in weights_of(base).items()}
+    strengths = Strengths(1.0, (("unet.up_blocks", 0.0), ("unet.*.attentions", 0.5), ("text_encoder", -1.0)))
+    with strength(base, strengths):
+        for name, weight in weights_of(base).items():
+            expected = torch.lerp(original[name], tuned[name], strengths.of(*name.split(".", 1)))
+            assert torch.allclose(weight, expected, atol=1e-6), name
+            if name.startswith("unet.conv_in"):
+                assert torch.equal(weight, tuned[name])
+    assert all(torch.equal(weight, tuned[name]) for name, weight in weights_of(base).items())
+    with (
+        pytest.raises(ConfigError, match=r"unet\.side_blocks is no block"),
+        strength(base, Strengths(1.0, (("unet.side_blocks", 0.5),))),
+    ):
+        pass
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ from lorasmith.trainer.configfile import to_toml
 from lorasmith.trainer.errors import BaseModelError, RunError, TrainingError, UserError
 from lorasmith.trainer.events import Event, EventLog, PlanMade, Step, read_events
 from lorasmith.trainer.fitting import put_on
+from lorasmith.trainer.inspection import inspect
 from lorasmith.trainer.jobs import RunFolder, create_run
 from lorasmith.trainer.loop import Trainer
-from lorasmith.trainer.lorafile import inspect
 from lorasmith.trainer.models import load_base
 from lorasmith.trainer.plan import make_plan
 from lorasmith.trainer.sample import drawn_like
@@ -262,7 +262,7 @@ def test_previews_start_with_the_untouched_base_and_say_how_they_were_made(short
     with Image.open(folder.samples(0) / "00.png") as first, Image.open(folder.samples(plan.steps) / "00.png") as last:
         assert first.tobytes() == untouched.tobytes()
         assert last.tobytes() != first.tobytes()
-        assert first.text["prompt"] == "emoji of pizza"  # pyright: ignore[reportAttributeAccessIssue]
+        assert first.text["positive_prompt"] == "emoji of pizza"  # pyright: ignore[reportAttributeAccessIssue]
         assert first.text["seed"] == "7"  # pyright: ignore[reportAttributeAccessIssue]
         assert "Steps: 2, Sampler: DDIM, CFG scale: 7.0, Seed: 7" in first.text["parameters"]  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -346,7 +346,7 @@ def test_a_run_whose_images_have_moved_is_exported_and_resumed(tmp_path, short_r
     trainer.train(lambda: trainer.state.step == 2)
     pictures.rename(tmp_path / "elsewhere")
 
-    (file,) = run.export_run(folder.path, 1, ["kohya"], tmp_path / "out", "fp16")
+    file, *_ = run.export_run(folder.path, 1, ["kohya"], tmp_path / "out", "fp16")
     said = inspect(file)["metadata"]
     assert file.name == "short-step000001.safetensors"
     assert said["ss_dataset_dirs"]["pictures"]["img_count"] == 7

@@ -140,7 +140,7 @@ def test_what_clients_make_of_the_files_is_a_table(tmp_path: Path):
     said = [("A1111", "same", ""), ("Forge", "none", "it skips the file")]
     clients = [{"client": client, "reading": reading, "why": why} for client, reading, why in said]
     report = {"file": "x.safetensors", "clients": clients}
-    (run.exports / "x-verified.json").write_text(json.dumps(report), encoding="utf-8")
+    (run.exports / "x-verified.json").write_text(json.dumps({"files": [report]}), encoding="utf-8")
     assert clients_of(run).values.tolist() == [
         ["x.safetensors", "A1111", "does what was trained", ""],
         ["x.safetensors", "Forge", "does not read it", "it skips the file"],

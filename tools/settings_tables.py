@@ -42,7 +42,7 @@ def type_of(annotation: Any) -> str:
     if annotation in words:
         return words[annotation]
     if origin is list:
-        return f"list of {type_of(parts[0])}s"
+        return f"list of {type_of(parts[0])}" + ("" if get_origin(parts[0]) is Literal else "s")
     if origin is dict:
         return "table of names and values"
     if origin is Literal:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -12,12 +12,13 @@ from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .delta import Delta
-from .errors import TrainingError
+from .delta import Changes, Delta
+from .errors import TrainingError, UserError
 from .full import interpolated, trained_weights
 from .initial import Initial, initial_of, restart
 from .models import Base
-from .pivotal import unread
+from .pivotal import NEW_TOKENS, token_embeddings, unread
+from .strengths import Strengths
 
 ADAPTER = "default"
 
@@ -60,8 +61,11 @@ def base_weight(component: nn.Module, name: str) -> Tensor:
     """The weight of an adapted layer as the untouched base has it, (out, in[, kh, kw])."""
     layer = component.get_submodule(name)
     assert isinstance(layer, BaseTunerLayer), name
-    initial = initial_of(layer)
-    weight = _weight(layer)
+    return _original(layer)
+
+
+def _original(layer: BaseTunerLayer) -> Tensor:
+    initial, weight = initial_of(layer), _weight(layer)
     return weight if initial is None else initial.original.to(weight.device)
 
 
@@ -114,19 +118,60 @@ def _rotated(layer: BaseTunerLayer) -> Tensor:
 
 
 @contextmanager
-def strength(base: Base, factor: float) -> Iterator[None]:
-    """Within the block what was trained acts with `factor` times its effect; 0 is the untouched base."""
-    with _acting(base, factor), unread(base) if factor == 0 else nullcontext():
+def strength(base: Base, at: float | Strengths) -> Iterator[None]:
+    """Within the block what was trained acts at these strengths; 0 is the untouched base. Then all is as it was before.
+
+    New tokens are read or not, with nothing between: they are unless their text encoders' strength is 0.
+
+    Raises:
+        ConfigError: if a block that is named holds nothing of what was trained.
+        UserError: if one of two text encoders would read new tokens, and the other not.
+    """
+    strengths = at if isinstance(at, Strengths) else Strengths(at)
+    strengths.refuse_idle(trained_layers(base))
+    with nullcontext() if reads_tokens(base, strengths) else unread(base):
+        if any(map(has_adapters, base.components.values())):
+            with _adapters_at(base, strengths):
+                yield
+        else:
+            with interpolated(base, strengths):
+                yield
+
+
+def trained_layers(base: Base) -> Iterator[tuple[str, str]]:
+    """What a strength can be given to, as (component, path): adapted layers, else weights of the base; new tokens."""
+    for component, module in base.components.items():
+        adapted = [name for name, _ in tuner_layers(module)]
+        own = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        yield from ((component, name) for name in adapted)
+        yield from ((component, name) for name in own if not adapted or name.endswith(NEW_TOKENS))
+
+
+def reads_tokens(base: Base, strengths: Strengths) -> bool:
+    """Whether the trigger is read as its new tokens, where there are such.
+
+    Raises:
+        UserError: if one of two text encoders would do so, and the other not.
+    """
+    read = {name: strengths.of(name, f"embeddings{NEW_TOKENS}") != 0 for name in token_embeddings(base)}
+    if len(set(read.values())) > 1:
+        what = "the new tokens of the trigger are read by both text encoders or by none"
+        raise UserError(what, "--block", "Give text_encoder and text_encoder_2 strength 0, or neither.")
+    return any(read.values())
+
+
+@contextmanager
+def _adapters_at(base: Base, strengths: Strengths) -> Iterator[None]:
+    moved = [
+        (layer, factor)
+        for component, module in base.components.items()
+        for name, layer in tuner_layers(module)
+        if (factor := strengths.of(component, name)) != 1
+    ]
+    linear = [(layer, factor) for layer, factor in moved if _is_linear(layer)]
+    others = [(layer, factor) for layer, factor in moved if not _is_linear(layer)]
+    with _scaled(linear), _replaced(others):
         yield
-
-
-def _acting(base: Base, factor: float) -> AbstractContextManager[None]:
-    layers = [layer for component in base.components.values() for _, layer in tuner_layers(component)]
-    if factor == 1:
-        return nullcontext()
-    if not layers:
-        return interpolated(base, factor) if trained_weights(base) else nullcontext()
-    return _scaled(layers, factor) if all(map(_is_linear, layers)) else _replaced(base, factor)
 
 
 def _is_linear(layer: BaseTunerLayer) -> bool:
@@ -136,35 +181,50 @@ def _is_linear(layer: BaseTunerLayer) -> bool:
 
 
 @contextmanager
-def _scaled(layers: list[Any], factor: float) -> Iterator[None]:
-    trained = [dict(layer.scaling) for layer in layers]
-    for layer in layers:
+def _scaled(layers: Sequence[tuple[Any, float]]) -> Iterator[None]:
+    trained = [dict(layer.scaling) for layer, _ in layers]
+    for layer, factor in layers:
         layer.scaling = {name: value * factor for name, value in layer.scaling.items()}
     try:
         yield
     finally:
-        for layer, scaling in zip(layers, trained, strict=True):
+        for (layer, _), scaling in zip(layers, trained, strict=True):
             layer.scaling = scaling
 
 
 @contextmanager
-def _replaced(base: Base, factor: float) -> Iterator[None]:
+def _replaced(layers: Sequence[tuple[Any, float]]) -> Iterator[None]:
     """The adapters are switched off, and a share of their change stands in the weights; put back bit by bit."""
     kept: list[tuple[Any, Tensor]] = []
     try:
         with torch.no_grad():
-            for component in base.components.values():
-                for name, layer in tuner_layers(component):
-                    weight, original = _weight(layer), base_weight(component, name)
-                    kept.append((layer, weight.cpu().clone()))
-                    change = factor * delta_of(name, layer).of(original) if factor else 0.0
-                    weight.copy_(original.float() + change)
-                    layer.enable_adapters(False)
+            for layer, factor in layers:
+                weight, original = _weight(layer), _original(layer)
+                kept.append((layer, weight.cpu().clone()))
+                change = factor * delta_of("", layer).of(original) if factor else 0.0
+                weight.copy_(original.float() + change)
+                layer.enable_adapters(False)
         yield
     finally:
         for layer, weight in kept:
             _weight(layer).copy_(weight)
             layer.enable_adapters(True)
+
+
+@torch.no_grad()
+def settle(base: Base, changes: Changes) -> None:
+    """Let other changes than the adapters' stand in the weights, for good; the adapters are switched off.
+
+    The base then acts as these changes say, at strength 1 alone, and refuses to be exported as what its adapters are.
+    """
+    for component, module in base.components.items():
+        for _, layer in tuner_layers(module):
+            _weight(layer).copy_(_original(layer))
+            layer.enable_adapters(False)
+        for delta in changes.get(component, ()):
+            layer: Any = module.get_submodule(delta.name)
+            weight = _weight(layer) if isinstance(layer, BaseTunerLayer) else layer.weight
+            weight.copy_(weight.float() + delta.of(weight))
 
 
 def let_drop(base: Base, drop: bool) -> None:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 FamilyName = Literal["sd1", "sd2", "sdxl"]
 FAMILY_TITLES: dict[FamilyName, str] = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "SDXL"}
+PUBLISHED: dict[FamilyName, str] = {"sd1": "random:sd15", "sd2": "random:sd21", "sdxl": "random:sdxl"}
+"""By family, the base of the published shape."""
 Configs = dict[str, dict[str, Any]]
 """Configurations by component; those of tokenizers are `model_max_length` and `pad_token`."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -54,7 +54,7 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; the folder appears by rename, so it is whole or absent."""
     with atomic_folder(folder) as temporary:
-        save_file(checkpoint.adapter, temporary / "adapter.safetensors")
+        save_file(checkpoint.adapter, temporary / _ADAPTER)
         if checkpoint.trained:
             save_file(checkpoint.trained, temporary / "trained.safetensors")
         torch.save(checkpoint.optimizer, temporary / "optimizer.pt")
@@ -68,16 +68,45 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         RunError: if it is incomplete or damaged.
     """
     try:
-        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        state = TrainState(**{f.name: values[f.name] for f in fields(TrainState)})
-        adapter = _load_tensors(folder / "adapter.safetensors")
+        state = load_state(folder)
+        adapter = _load_tensors(folder / _ADAPTER)
         optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         trained = _load_tensors(folder / "trained.safetensors") if "averages" in optimizer else {}
     except _SIGNS_OF_DAMAGE as error:
-        raise RunError(
-            f"cannot be read ({error})", str(folder), "Remove this folder; an earlier one is then used."
-        ) from error
+        raise _damaged(folder, error) from error
     return Checkpoint(state, adapter, optimizer, trained)
+
+
+def load_state(folder: Path) -> TrainState:
+    """Where a checkpoint stands, without its weights.
+
+    Raises:
+        RunError: if it is incomplete or damaged.
+    """
+    try:
+        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return TrainState(**{f.name: values[f.name] for f in fields(TrainState)})
+    except _SIGNS_OF_DAMAGE as error:
+        raise _damaged(folder, error) from error
+
+
+def open_adapter(folder: Path) -> Any:
+    """What was trained, as an open safetensors file, of which each tensor is read when it is asked for.
+
+    Raises:
+        RunError: if it is incomplete or damaged.
+    """
+    try:
+        return safe_open(folder / _ADAPTER, framework="pt")
+    except _SIGNS_OF_DAMAGE as error:
+        raise _damaged(folder, error) from error
+
+
+_ADAPTER = "adapter.safetensors"
+
+
+def _damaged(folder: Path, error: Exception) -> RunError:
+    return RunError(f"cannot be read ({error})", str(folder), "Remove this folder; an earlier one is then used.")
 
 
 _SIGNS_OF_DAMAGE = (

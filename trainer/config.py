@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..configs import recipe_names
+from .formats import Format
 from .idle import NESTED_PROBLEMS, RATE_FREE, RATES, problems_of
 
 Kind = Literal["lora", "dora", "loha", "lokr", "oft", "boft", "full"]
@@ -367,6 +368,40 @@ class SampleSection(Section):
     """Classifier-free guidance scale. 1: none."""
 
 
+class ExportSection(Section):
+    """The files to share, written at the end of a run and by `lorasmith export`, and what they say about themselves."""
+
+    formats: list[Format] = Field(default_factory=list)
+    """kohya, which every client reads, and diffusers; of a whole model ldm, one file, and diffusers, a folder. Empty:
+    all that there are for what was trained, so that nobody has to ask for another."""
+    precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Precision of the files. fp16 holds a LoRA to 11 bits and is what clients compute in; fp32 is twice as large, for
+    merging and training on."""
+    metadata: Literal["safe", "all", "none"] = "safe"
+    """What the files say of the training. safe: settings, counts and frequent tags, but no path, user name, caption or
+    prompt that may be one, because a file that is shared stays so. all: everything that is known, with complete tag
+    counts, prompts and the configuration. none: only what clients need to load and recognise the file."""
+    tag_threshold: int = Field(default=3, ge=1, le=1_000_000)
+    """With metadata "safe": a tag is told if at least so many images of a folder have it, and if it is no sentence. 3,
+    because what one or two images have may be a caption, or a name."""
+    strength: float = Field(default=1.0, gt=0, le=10)
+    """The strength that others are told to use it at. 1: as it was trained, which is how the previews are drawn."""
+    title: str = ""
+    """What it is called where people read it. Empty: the run's name, as the file."""
+    author: str = ""
+    """Who made it. Empty: not told, for nobody has to sign."""
+    description: str = ""
+    """What it is, in a sentence or more. Empty: which family it is for."""
+    license: str = ""
+    """An identifier such as "cc-by-4.0", or the name of another license. Empty: that of the base's family, because what
+    is trained from a base is a derivative of it."""
+    tags: list[str] = Field(default_factory=list)
+    """Words by which others find it, such as "ink" or "watercolour". Empty: none but those of its kind."""
+    bundle: bool = False
+    """Also write `<name>.zip` with all of it: the files, pictures, a model card, the configuration, a license note and
+    checksums, as `lorasmith publish` takes it. false, because it takes the room of the files once more."""
+
+
 class RuntimeSection(Section):
     """How the computer is used; it changes speed and memory, not the aim."""
 
@@ -404,6 +439,7 @@ class RunConfig(Section):
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
     save: SaveSection = Field(default_factory=SaveSection)
     sample: SampleSection = Field(default_factory=SampleSection)
+    export: ExportSection = Field(default_factory=ExportSection)
     runtime: RuntimeSection = Field(default_factory=RuntimeSection)
 
     @property

@@ -183,21 +183,76 @@ class Baked:
         return self.rest / self.change if self.change else 0.0
 
 
-def baked(delta: Delta, weight: Tensor, rank: int) -> Baked:
-    """The plain LoRA of at most this rank that is nearest to a change of `weight` (Eckart & Young 1936).
+def baked(delta: Delta, weight: Tensor, rank: int = 0, energy: float = 0.0) -> Baked:
+    """The plain LoRA that is nearest to a change of `weight`, as `baked_sum` says."""
+    return baked_sum([(delta, 1.0)], weight, rank, energy)
 
-    Of `weight` only a DoRA needs more than shape and device.
+
+def baked_sum(parts: Sequence[tuple[Delta, float]], weight: Tensor, rank: int = 0, energy: float = 0.0) -> Baked:
+    """The plain LoRA that is nearest to a sum of changes of `weight`, each times its strength (Eckart & Young 1936).
+
+    It has at most `rank`; or the least rank, 1 at least, that keeps a share `energy` of |change|^2, which is the sum of
+    the squared singular values. Of `weight` only a DoRA needs more than shape and device.
     """
-    if delta.is_plain:
-        u, s, v = product_svd(delta.scale * delta.up.to(weight.device).double(), delta.down.to(weight.device))
+    if (sum_ := joined(parts)) is not None and sum_.rank <= min(weight.flatten(1).shape):
+        u, s, v = product_svd(sum_.up.to(weight.device), sum_.down.to(weight.device))
     else:
-        u, s, v = torch.linalg.svd(delta.of(weight).flatten(1), full_matrices=False)
-    kept = min(rank, len(s))
+        change = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
+        for delta, strength in parts:
+            change.add_(delta.of(weight, torch.float64), alpha=strength)
+        u, s, v = matrix_svd(change.flatten(1))
+    kept = min(rank, len(s)) if rank else _least_rank(s, energy)
     down, up = _halves(u[:, :kept], s[:kept], v[:kept])
-    if weight.dim() == 4:
-        up, down = up[:, :, None, None], down.view(kept, *weight.shape[1:])
-    made = lora(delta.name, down.float().contiguous(), up.float().contiguous(), float(kept))
+    name, kernel = parts[0][0].name, weight.shape[1:]
+    up, down = up.view(*up.shape, *(1 for _ in kernel[1:])), down.view(kept, *kernel)
+    made = lora(name, down.float().contiguous(), up.float().contiguous(), float(kept))
     return Baked(made, float(s.norm()), float(s[kept:].norm()))
+
+
+_NOISE = 1e-7  # of the largest singular value: less is what fp32 rounds
+
+
+def _least_rank(values: Tensor, energy: float) -> int:
+    """How many singular values hold this share of the sum of all their squares; what is noise is not counted."""
+    squares = values.double().square()
+    left = squares.flip(0).cumsum(0).flip(0)  # left[k]: what is lacking when k are kept
+    return max(1, min(int((left > (1 - energy) * left[0]).sum()), int((values > _NOISE * values[0]).sum())))
+
+
+def joined(parts: Sequence[tuple[Delta, float]]) -> Delta | None:
+    """The sum of changes of one layer, each times its strength, as one plain LoRA: factors side by side, so that
+    nothing is lost and the ranks add up. Matrices in fp64; None if a part has no `factors`."""
+    found = [(factors(delta), strength) for delta, strength in parts]
+    known = [(own[0] * strength, own[1]) for own, strength in found if own is not None]
+    if len(known) < len(parts):
+        return None
+    up, down = torch.cat([up for up, _ in known], 1), torch.cat([down for _, down in known], 0)
+    return lora(parts[0][0].name, down, up, float(len(down)))
+
+
+def factors(delta: Delta) -> tuple[Tensor, Tensor] | None:
+    """(up, down), (out, r) and (r, in kh kw) in fp64, whose product is the whole change, with its scale; None if its
+    form has no such factors: a DoRA, a full change, and what is made with cores (but for the one of a LoRA).
+
+    Of two products, (A B) * (C D) has a column a_i * c_j of `up` and a row b_i * d_j of `down` for each two parts;
+    kron(W, A B) = kron(W, A) kron(1, B).
+    """
+    t = {leaf: tensor.double() for leaf, tensor in delta.tensors.items()}
+    form = delta.form
+    if form == "lora":
+        up, down = t["lora_up.weight"].flatten(1), t["lora_down.weight"].flatten(1)
+        if "lora_mid.weight" in t:
+            down = torch.einsum("ijkl,jr->irkl", t["lora_mid.weight"], down).flatten(1)
+    elif form == "loha" and "hada_t1" not in t:
+        up = torch.einsum("op,oq->opq", t["hada_w1_a"], t["hada_w2_a"]).flatten(1)
+        down = torch.einsum("pi,qi->pqi", t["hada_w1_b"], t["hada_w2_b"]).flatten(0, 1)
+    elif form == "lokr" and "lokr_w2_a" in t and "lokr_t2" not in t:
+        w1 = _kronecker_factor(t, "1")
+        up = torch.kron(w1, t["lokr_w2_a"])
+        down = torch.kron(torch.eye(w1.shape[1], dtype=w1.dtype, device=w1.device), t["lokr_w2_b"])
+    else:
+        return None
+    return up * delta.scale, down
 
 
 def refactored(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,6 +270,24 @@ def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q_down, r_down = torch.linalg.qr(down.flatten(1).double().T)
     u, s, v = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
     return q_up @ u, s, v @ q_down.T
+
+
+def matrix_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of a whole matrix, fp64: (rows, n), (n,), (n, columns), n the lesser side.
+
+    From the eigenvectors of its smaller Gram matrix, several times faster than the usual way. Singular values below
+    1e-8 of the largest are lost in rounding; u s v is the matrix all the same, for u s is the matrix times v'.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        u, s, v = matrix_svd(matrix.T)
+        return v.T, s, u.T
+    own = matrix.double()
+    _, vectors = torch.linalg.eigh(own.T @ own)
+    v = vectors.flip(1)  # the largest first
+    scaled = own @ v
+    s = torch.linalg.vector_norm(scaled, dim=0)
+    order = s.argsort(descending=True)
+    return (scaled / s.clamp_min(torch.finfo(s.dtype).tiny))[:, order], s[order], v.T[order]
 
 
 def product_norm(up: Tensor, down: Tensor) -> float:

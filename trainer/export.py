@@ -124,16 +124,24 @@ def save(path: Path, weights: Mapping[str, Tensor], header: Header, format: Form
 
 def tensors(base: Base, written: Changes, format: Format) -> dict[str, Tensor]:
     """All tensors of the file by their keys: those of each change, and in kohya's format `alpha` () in fp32."""
-    family, per_block = base.info.family, int(base.unet.config["layers_per_block"])
     weights: dict[str, Tensor] = {}
     for component, changes in written.items():
         for delta in changes:
-            name = base_name(family, component, delta.name, format, per_block)
-            own = dict(delta.tensors) | {ALPHA: torch.tensor(delta.alpha, dtype=torch.float32)}
-            if format == "diffusers" and "dora_scale" in own:
-                own["dora_scale"] = _lengths_of_peft(own["dora_scale"])
-            weights |= {name + leaf_of(leaf, format): own[leaf] for leaf in tensor_names(delta, format)}
+            weights |= layer_tensors(base, component, delta, format)
     return weights
+
+
+def layer_tensors(base: Base, component: str, delta: Delta, format: Format) -> dict[str, Tensor]:
+    """Those of one layer; of `base`, shapes are enough.
+
+    Raises:
+        ExportError: for a layer that not all clients know, and for what diffusers does not read.
+    """
+    name = base_name(base.info.family, component, delta.name, format, int(base.unet.config["layers_per_block"]))
+    own = dict(delta.tensors) | {ALPHA: torch.tensor(delta.alpha, dtype=torch.float32)}
+    if format == "diffusers" and "dora_scale" in own:
+        own["dora_scale"] = _lengths_of_peft(own["dora_scale"])
+    return {name + leaf_of(leaf, format): own[leaf] for leaf in tensor_names(delta, format)}
 
 
 def _lengths_of_peft(lengths: Tensor) -> Tensor:
@@ -155,10 +163,10 @@ def castable(base: Base, changes: Changes | None, format: Format, dtype: torch.d
     written: dict[str, list[Delta]] = {}
     for component, deltas in changes.items():
         alpha = common_alpha(deltas)
-        cast = [_cast(delta, alpha if format == "kohya" else float(delta.rank), dtype) for delta in deltas]
-        _require(_broken(component, cast))
-        if cast:
-            written[component] = cast
+        rounded = [cast(delta, alpha if format == "kohya" else float(delta.rank), dtype) for delta in deltas]
+        _require(_broken(component, rounded))
+        if rounded:
+            written[component] = rounded
     if not written:
         raise ExportError("the model carries no adapter", "export", "Train one, or load the run's checkpoint first.")
     return written
@@ -181,7 +189,7 @@ def common_alpha(layers: Sequence[Delta]) -> float:
     return counts.most_common(1)[0][0] if counts else 0.0
 
 
-def _cast(delta: Delta, alpha: float, dtype: torch.dtype) -> Delta:
+def cast(delta: Delta, alpha: float, dtype: torch.dtype) -> Delta:
     """The same change in another precision; a LoRA or DoRA with this alpha, all others with their own.
 
     The lengths of a DoRA stay fp32: next to them its change is so small that half precision would lose it. So does a
@@ -189,21 +197,25 @@ def _cast(delta: Delta, alpha: float, dtype: torch.dtype) -> Delta:
     """
     exact = {leaf: tensor.float().cpu() for leaf, tensor in delta.tensors.items()}
     lengths = {leaf: exact.pop(leaf).contiguous() for leaf in ("dora_scale",) if leaf in exact}
+    fold = 1.0
     if "lora_up.weight" not in exact:
         alpha = delta.alpha
     elif (fold := float(torch.tensor(delta.alpha / alpha, dtype=torch.float32))) != 1:
         exact["lora_up.weight"] = exact["lora_up.weight"] * fold
-    cast = _rounded(exact, dtype)
-    if delta.is_plain and _lost_in_cast(exact, cast) > WEIGHT_TOLERANCE[dtype] / 2:
+    plain, limit = Delta("", exact, 1.0).is_plain, WEIGHT_TOLERANCE[dtype] / 2
+    # what has this precision already has lost what its sizes make it lose, and is left as it is
+    there = all(delta.tensors[leaf].dtype == dtype for leaf in exact) and (plain or fold == 1)
+    rounded = _rounded(exact if there else _balanced(exact, dtype), dtype)
+    if plain and _lost_in_cast(exact, rounded) > limit:
         down, up = refactored(exact["lora_down.weight"], exact["lora_up.weight"])
-        cast = _rounded({"lora_down.weight": down, "lora_up.weight": up}, dtype)
-    if "diff" in exact and _drowns(exact["diff"], cast["diff"], WEIGHT_TOLERANCE[dtype] / 2):
-        cast = {"diff": exact["diff"].contiguous()}
-    return Delta(delta.name, cast | lengths, alpha)
+        rounded = _rounded(_balanced({"lora_down.weight": down, "lora_up.weight": up}, dtype), dtype)
+    if "diff" in exact and _drowns(exact["diff"], rounded["diff"], limit):
+        rounded = {"diff": exact["diff"].contiguous()}
+    return Delta(delta.name, rounded | lengths, alpha)
 
 
-def _rounded(factors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The factors of a product in another precision.
+def _balanced(factors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The factors of the same product, none too small for a precision.
 
     A young adapter's `up` is so small that fp16 would keep few of its bits; a power of two, which is exact, is then
     moved from the largest factor to the smallest until both have about the same size.
@@ -212,12 +224,18 @@ def _rounded(factors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
     small, large = min(sizes, key=lambda leaf: sizes[leaf]), max(sizes, key=lambda leaf: sizes[leaf])
     if dtype == torch.float16 and 0 < sizes[small] < min(_SMALL, sizes[large]) and math.isfinite(sizes[large]):
         share = 2.0 ** math.floor(math.log2(sizes[large] / sizes[small]) / 2)
-        factors = factors | {large: factors[large] / share, small: factors[small] * share}
+        return factors | {large: factors[large] / share, small: factors[small] * share}
+    return factors
+
+
+def _rounded(factors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {leaf: tensor.to(dtype).contiguous().clone() for leaf, tensor in factors.items()}
 
 
 def _lost_in_cast(exact: dict[str, Tensor], cast: dict[str, Tensor]) -> float:
     """|cast - exact| / |exact| of a plain LoRA: much where its parts cancel, as those of PiSSA do."""
+    if all(torch.equal(tensor, cast[leaf].float()) for leaf, tensor in exact.items()):
+        return 0.0
     before, after = Delta("", exact, 1.0), Delta("", cast, 1.0)
     size = plain_size(before)
     return plain_difference(before, after) / size if size > 0 and math.isfinite(size) else 0.0

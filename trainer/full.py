@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import ConfigError, Problem
 from .models import Base, load_base
 from .paths import blocks, lies_in, path_of
+from .strengths import Strengths
 
 
 def unfreeze(base: Base, components: Mapping[str, Any], train_only: Sequence[str]) -> None:
@@ -53,23 +54,33 @@ def trained_weights(base: Base) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def interpolated(base: Base, factor: float) -> Iterator[None]:
-    """Within the block the trained weights are (1 - factor) x the base's + factor x their own; 0 is the untouched base.
+def interpolated(base: Base, strengths: Strengths) -> Iterator[None]:
+    """Within the block the trained weights are (1 - s) x the base's + s x their own; after it they are as before.
 
-    Interpolation of original and tuned weights (Wortsman et al. 2022, https://arxiv.org/abs/2109.01903). The original
-    is read from disk, because a second copy in memory would burden every run that never asks for it.
+    Interpolation of original and tuned weights (Wortsman et al. 2022, https://arxiv.org/abs/2109.01903), with a
+    strength s for each block. The original is read from disk, because a second copy in memory would burden every run
+    that never asks for it; while the block lasts, what was trained lies in memory in its place.
     """
-    live, tuned = trained_weights(base), {}
-    original = {
-        f"{c}.{n}": p for c, module in load_base(base.info).components.items() for n, p in module.named_parameters()
-    }
+    live = trained_weights(base)
+    factors = {name: strengths.of(*name.split(".", 1)) for name in live}
+    moved = [name for name, factor in factors.items() if factor != 1]
+    tuned: dict[str, Tensor] = {}
     try:
         with torch.no_grad():
-            for name, parameter in live.items():
-                tuned[name] = parameter.detach().cpu().clone()
-                parameter.copy_(torch.lerp(original[name], tuned[name].float(), factor))
+            original = _original(base, moved) if moved else {}
+            for name in moved:
+                tuned[name] = live[name].detach().cpu().clone()
+                live[name].copy_(torch.lerp(original.pop(name), tuned[name].float(), factors[name]))
         yield
     finally:
         with torch.no_grad():
             for name, weight in tuned.items():
                 live[name].copy_(weight)
+
+
+def _original(base: Base, names: Sequence[str]) -> dict[str, Tensor]:
+    """Of the base's own weights those of these names, fp32, on the CPU."""
+    components = load_base(base.info).components
+    return {
+        name: components[component].get_parameter(path) for name in names for component, path in [name.split(".", 1)]
+    }

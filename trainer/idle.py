@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from .errors import Problem
+from .formats import formats_of
 
 if TYPE_CHECKING:
     from .config import RunConfig, Section
@@ -47,6 +48,8 @@ ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "objective.huber_schedule": ("objective.loss", ("huber",)),
     "objective.timestep_mean": ("objective.timesteps", ("logit-normal",)),
     "objective.timestep_std": ("objective.timesteps", ("logit-normal",)),
+    "export.tag_threshold": ("export.metadata", ("safe",)),
+    "export.strength": ("adapter.kind", ADAPTERS),
 }
 """Settings by the one setting, and the values of it, with which they have an effect."""
 
@@ -96,6 +99,7 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
     yield from _idle_numbers(config)
     yield from _idle_blocks(config)
     yield from _idle_of_data(config)
+    yield from _idle_formats(config)
     yield from _contradictions(config)
 
 
@@ -176,6 +180,16 @@ def _idle_of_data(config: RunConfig) -> Iterator[Problem]:
     if all(data.regularization for data in config.data):
         what = "all images are regularization images, so no style would be learned"
         yield Problem("data.0.regularization", what, "Add a [[data]] table with the images of the style.")
+
+
+def _idle_formats(config: RunConfig) -> Iterator[Problem]:
+    there, wanted = formats_of(config), config.export.formats
+    for number, format in enumerate(wanted):
+        if format not in there:
+            what = f"{_shown(format)} is no format of what is trained"
+            yield Problem(f"export.formats.{number}", what, f"Formats: {', '.join(map(_shown, there))}.")
+        elif format in wanted[:number]:
+            yield Problem(f"export.formats.{number}", "names a format again", "Remove one of the two.")
 
 
 def _contradictions(config: RunConfig) -> Iterator[Problem]:

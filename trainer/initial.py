@@ -101,7 +101,7 @@ def continue_from(layers: Mapping[str, Any], deltas: Sequence[Delta], adapter: s
         if delta.form == "lora" and not delta.up.any():
             continue
         if delta.form != "lora" or "lora_mid.weight" in delta.tensors:
-            fix = f"Make a plain LoRA of it first: lorasmith bake {where} --rank {delta.rank or 16}"
+            fix = f"Make a plain LoRA of it first: lorasmith resize {where} --rank {delta.rank or 16} --out FILE"
             problems.append(Problem("adapter.start_from", f"{delta.name} is a {delta.form}, not a plain LoRA", fix))
         elif layer is None:
             fix = "Take larger adapter.targets, or leave train_only empty."

@@ -54,6 +54,10 @@ class Status:
                 return "not started"
 
 
+VERIFIED = "-verified.json"
+"""What the name of a file ends in that says how near exported files are to what was trained, by client."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """`runs/<name>/` and the names of what is in it."""

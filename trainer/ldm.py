@@ -12,7 +12,7 @@ Stability-AI/generative-models, and of the text tower in mlfoundations/open_clip
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,24 +107,46 @@ def to_ldm(
         ExportError: for a weight or component without a place in the layout, or one that is missing.
         BaseModelError: if a configuration is not one of Stable Diffusion.
     """
-    prefixes, weights = _PREFIXES[family], {}
-    if odd := sorted(components.keys() ^ prefixes.keys()):
+    named = {c: with_text_model(own) if c.startswith("text_encoder") else own for c, own in components.items()}
+    return {
+        key: ldm_tensor(key, [named[component][name] for component, name in parts])
+        for key, parts in ldm_parts(family, named, unet_config, vae_config).items()
+    }
+
+
+def ldm_parts(
+    family: FamilyName,
+    names: Mapping[str, Iterable[str]],
+    unet_config: Mapping[str, Any],
+    vae_config: Mapping[str, Any],
+) -> dict[str, list[tuple[str, str]]]:
+    """What each key of a checkpoint file is made of: one weight, or OpenCLIP's q, k and v in this order, each as
+    (component, diffusers' name). `names` are those of all weights, by component; text encoders' begin with
+    `text_model.`.
+
+    Raises:
+        ExportError: for a weight or component without a place in the layout, or one that is missing.
+        BaseModelError: if a configuration is not one of Stable Diffusion.
+    """
+    prefixes = _PREFIXES[family]
+    if odd := sorted(names.keys() ^ prefixes.keys()):
         raise ExportError(f"{family} needs {', '.join(prefixes)}", odd[0], "Give exactly these components.")
+    parts: dict[str, list[tuple[str, str]]] = {}
     for component, prefix in prefixes.items():
-        own = components[component]
-        if component.startswith("text_encoder"):
-            own = with_text_model(own)
-        if prefix in _OPEN_CLIP:
-            own = _fuse(component, own)
+        own = [name for name in names[component] if not name.endswith("position_ids")]
         table = _table(component, prefix, own, unet_config, vae_config)
-        for key, tensor in own.items():
-            if key.endswith("position_ids"):
-                continue
-            name = table.get(key)
-            if not name or _DROPPED.fullmatch(name):  # no client would read it
-                raise ExportError("has no place in a checkpoint file", f"{component}.{key}", _AS_FOLDER)
-            weights[name] = _reshape(name, tensor, to_ldm=True)
-    return weights
+        for name, made_of in (_fused(component, own) if prefix in _OPEN_CLIP else {n: [n] for n in own}).items():
+            key = table.get(name)
+            if not key or _DROPPED.fullmatch(key):  # no client would read it
+                raise ExportError("has no place in a checkpoint file", f"{component}.{name}", _AS_FOLDER)
+            parts[key] = [(component, part) for part in made_of]
+    return parts
+
+
+def ldm_tensor(key: str, parts: Sequence[Tensor]) -> Tensor:
+    """What stands under a key of a checkpoint file, of the weights that `ldm_parts` names for it; a single one is not
+    copied, apart from OpenCLIP's projection."""
+    return _reshape(key, parts[0] if len(parts) == 1 else torch.cat(list(parts)), to_ldm=True)
 
 
 def from_ldm(
@@ -132,7 +154,8 @@ def from_ldm(
 ) -> dict[str, dict[str, Tensor]]:
     """The weights of a checkpoint file by component and diffusers' names; text encoders' begin with `text_model.`.
 
-    What `DROPPED` names is left out.
+    What `DROPPED` names is left out. Tensors are not copied, apart from OpenCLIP's projection: those of a mapped file
+    stay on the disk until they are used.
 
     Raises:
         BaseModelError: for a key that is no part of the model, a component that is not there, or a configuration that
@@ -192,8 +215,12 @@ _OTHER_FILE = "Inpainting, refiner and other special models cannot be read."
 
 def with_text_model(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A text encoder's weights as its file names them: since transformers 5.6 some state dicts lack `text_model.`."""
-    outside = ("text_model.", "text_projection.")
-    return {key if key.startswith(outside) else f"text_model.{key}": tensor for key, tensor in weights.items()}
+    return {text_name(key): tensor for key, tensor in weights.items()}
+
+
+def text_name(name: str) -> str:
+    """The name of a text encoder's weight in files, of that or the live one."""
+    return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,24 +341,22 @@ def _reshape(name: str, tensor: Tensor, to_ldm: bool) -> Tensor:
     return tensor.T.contiguous() if name.endswith(".text_projection") else tensor
 
 
-def _fuse(component: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each layer's q, k and v, of (width, width) and (width,), one after the other: (3 width, width), (3 width,)."""
-    fused: dict[str, Tensor] = {}
-    for key, tensor in weights.items():
-        if not (match := _QKV_KEY.fullmatch(key)):
-            fused[key] = tensor
-        elif (name := f"{match[1]}in_proj_{match[2]}") not in fused:
-            parts = [f"{match[1]}{part}_proj.{match[2]}" for part in "qkv"]
-            if missing := [part for part in parts if part not in weights]:
+def _fused(component: str, names: Sequence[str]) -> dict[str, list[str]]:
+    """Each name to what it is made of: OpenCLIP's q, k and v, of (width, width) and (width,), stand one after the other
+    in one matrix, (3 width, width), and one bias, (3 width,)."""
+    known, fused = set(names), {}
+    for name in names:
+        if not (match := _QKV_KEY.fullmatch(name)):
+            fused[name] = [name]
+        elif (whole := f"{match[1]}in_proj_{match[2]}") not in fused:
+            fused[whole] = [f"{match[1]}{part}_proj.{match[2]}" for part in "qkv"]
+            if missing := [part for part in fused[whole] if part not in known]:
                 raise ExportError("is missing", f"{component}.{missing[0]}", "Load the base again.")
-            fused[name] = torch.cat([weights[part] for part in parts])
     return fused
 
 
 def _split(key: str, tensor: Tensor) -> dict[str, Tensor]:
-    """What `_fuse` put together, each part in memory of its own; any other tensor as it is."""
+    """What `_fused` puts together, as views; any other tensor as it is."""
     if not (match := _FUSED_KEY.fullmatch(key)):
         return {key: tensor}
-    return {
-        f"{match[1]}{part}_proj.{match[2]}": third.clone() for part, third in zip("qkv", tensor.chunk(3), strict=True)
-    }
+    return {f"{match[1]}{part}_proj.{match[2]}": third for part, third in zip("qkv", tensor.chunk(3), strict=True)}

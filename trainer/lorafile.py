@@ -1,26 +1,27 @@
-"""A LoRA file on disk: its header, hashes and tensors, and what can be told of it without any model."""
+"""A LoRA file on disk: its header, hashes and tensors, and the family of models that it is for."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .bases import FamilyName
-from .errors import UserError
-from .keys import ALPHA, LEAVES, Format, component_of, split_key
+from .delta import Form
+from .errors import UserError, first_line
+from .keys import LEAVES, Format, component_of, split_key
+from .tensorheader import read_header
 
 _DIFFUSERS_LEAVES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 # Width of the text that cross-attention reads, in the published models.
 _CROSS_ATTENTION: dict[int, FamilyName] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+FP8: tuple[str, ...] = ("F8_E4M3", "F8_E5M2")
 _TEXT_WIDTH: dict[int, FamilyName] = {768: "sd1", 1024: "sd2"}
 
 
@@ -52,34 +53,38 @@ class LoraFile:
 
     @classmethod
     def open(cls, path: Path) -> LoraFile:
-        """Read the header.
+        """Read the header, and nothing else.
 
         Raises:
-            UserError: if there is no such file, or it is not safetensors, or it is cut short.
+            UserError: if there is no such file, or it is not safetensors, or it is cut short or damaged; see
+                `read_header`.
         """
-        if not path.is_file():
-            raise UserError("is a folder" if path.is_dir() else "no such file", str(path), "Name a .safetensors file.")
+        header = read_header(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-                shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
-                dtypes = {key: part.get_dtype() for key, part in slices.items()}
-                return cls(path, shapes, dtypes, dict(file.metadata() or {}))
+            with safe_open(path, framework="pt"):
+                pass
         except SafetensorError as error:
-            raise UserError(
-                f"is not a whole safetensors file ({error})",
-                str(path),
-                "Copy or download it again; a .ckpt or .pt file must be converted first.",
-            ) from error
-        except OSError as error:
-            raise UserError(
-                f"cannot be read ({error.strerror or error})", str(path), "Check its permissions."
-            ) from error
+            what = f"is not read by the safetensors library ({first_line(error)})"
+            raise UserError(what, str(path), "Download or copy it again.") from error
+        shapes = {key: entry.shape for key, entry in header.entries.items()}
+        dtypes = {key: entry.dtype for key, entry in header.entries.items()}
+        return cls(path, shapes, dtypes, header.metadata)
 
     def tensors(self, suffix: str = "") -> dict[str, Tensor]:
         """The tensors whose key ends so, on the CPU."""
+        return dict(self.read(key for key in self.shapes if key.endswith(suffix)))
+
+    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """These tensors one after the other, on the CPU; those of 8 bits as fp16, which holds each of their numbers,
+        because PyTorch does not calculate with them."""
         with safe_open(self.path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in self.shapes if key.endswith(suffix)}
+            for key in keys:
+                tensor = file.get_tensor(key)
+                yield key, tensor.half() if self.dtypes[key] in FP8 else tensor
+
+    def count(self, key: str) -> int:
+        """How many numbers a tensor has."""
+        return math.prod(self.shapes[key])
 
     @cached_property
     def format(self) -> Format | None:
@@ -115,37 +120,12 @@ class LoraFile:
         return Hashes(digest, first[:8], digest[:10], tensors[:12], tensors)
 
 
-def inspect(path: Path) -> dict[str, Any]:
-    """What is in a LoRA file, ready for JSON; no model is loaded. Of a whole model, it says that it is one.
-
-    Raises:
-        UserError: if it is not a whole safetensors file.
-    """
-    file = LoraFile.open(path)
-    family, because = guess_family(file)
-    known = {key for keys in file.layers.values() if keys.keys() - {ALPHA} for key in keys.values()}
-    whole = any(key.startswith("model.diffusion_model.") for key in file.shapes)
-    return {
-        "name": path.name,
-        "bytes": path.stat().st_size,
-        "format": "ldm, a whole model" if whole else file.format or "unknown",
-        "family": family or "unknown",
-        "family_because": because,
-        "dtypes": dict(Counter(file.dtypes.values())),
-        "components": _components(file),
-        "other_keys": [] if whole else sorted(set(file.shapes) - known),
-        "hashes": asdict(file.hashes),
-        "metadata": {key: _readable(value) for key, value in sorted(file.metadata.items())},
-    }
-
-
 def guess_family(file: LoraFile) -> tuple[FamilyName | None, str]:
-    """The family a LoRA was made for, and what tells it: names first, then widths, then what the file says."""
+    """The family a LoRA was made for, and what tells it: a second text encoder, then widths, then names, then what the
+    file says."""
     components = {component_of(key) for key in file.shapes}
     if "text_encoder_2" in components:
         return "sdxl", "it names two text encoders"
-    if any(key.startswith(("lora_unet_input_blocks", "lora_unet_output_blocks")) for key in file.shapes):
-        return "sdxl", "its UNet has sgm names"
     for name, keys in file.layers.items():
         width = _inputs({leaf: file.shapes[key] for leaf, key in keys.items()})
         if name.endswith(("attn2_to_k", "attn2.to_k")) and width in _CROSS_ATTENTION:
@@ -153,9 +133,11 @@ def guess_family(file: LoraFile) -> tuple[FamilyName | None, str]:
         is_text_width = name.endswith(("self_attn_q_proj", "self_attn.q_proj")) and width in _TEXT_WIDTH
         if is_text_width and not name.startswith("lora_te1_"):
             return _TEXT_WIDTH[width], f"its text encoder has width {width}"
+    if any(key.startswith(("lora_unet_input_blocks", "lora_unet_output_blocks")) for key in file.shapes):
+        return "sdxl", "its UNet has sgm names"
     if any(key.startswith("lora_te1_") for key in file.shapes):
         return "sdxl", "it names the first of two text encoders"
-    said = _family_said(file.metadata)
+    said = family_said(file.metadata)
     return said, "its metadata says so" if said else "neither names, widths nor metadata tell"
 
 
@@ -169,7 +151,8 @@ def _inputs(shapes: dict[str, tuple[int, ...]]) -> int:
     return factors[0] * factors[1]
 
 
-def _family_said(metadata: dict[str, str]) -> FamilyName | None:
+def family_said(metadata: Mapping[str, str]) -> FamilyName | None:
+    """The family that kohya's and ModelSpec's keys name."""
     version = metadata.get("ss_base_model_version", "") + " " + metadata.get("modelspec.architecture", "")
     if "sdxl" in version or "stable-diffusion-xl" in version:
         return "sdxl"
@@ -178,43 +161,17 @@ def _family_said(metadata: dict[str, str]) -> FamilyName | None:
     return "sd1" if "sd_v1" in version or "stable-diffusion-v1" in version else None
 
 
-def _components(file: LoraFile) -> dict[str, dict[str, Any]]:
-    """By component: how many layers, their forms, ranks and alphas, each with its count."""
-    alphas = {key: float(t.flatten()[0]) for key, t in file.tensors(f".{ALPHA}").items() if t.numel()}
-    found: dict[str, dict[str, Any]] = {}
-    for name, keys in file.layers.items():
-        if not keys.keys() - {ALPHA}:
-            continue
-        entry = found.setdefault(
-            component_of(name) or "unknown",
-            {"modules": 0, "forms": Counter(), "ranks": Counter(), "alphas": Counter()},
-        )
-        entry["modules"] += 1
-        entry["forms"][_form(keys)] += 1
-        if rank := _rank({leaf: file.shapes[key] for leaf, key in keys.items()}):
-            entry["ranks"][str(rank)] += 1
-            entry["alphas"][f"{alphas.get(keys.get(ALPHA, ''), rank):g}"] += 1
-    counters = ("forms", "ranks", "alphas")
-    return {name: entry | {counter: dict(entry[counter]) for counter in counters} for name, entry in found.items()}
+def form_of(leaves: Iterable[str]) -> Form | None:
+    """As `Delta.form`, told by the names of a layer's tensors; None of an alpha alone."""
+    there = set(leaves)
+    if "dora_scale" in there:
+        return "dora"
+    return next((form for form, known in LEAVES.items() if there & set(known)), None)
 
 
-def _form(keys: Iterable[str]) -> str:
-    """As `Delta.form`, told by the leaves."""
-    return "dora" if "dora_scale" in keys else next(form for form, leaves in LEAVES.items() if set(leaves) & set(keys))
-
-
-def _rank(shapes: dict[str, tuple[int, ...]]) -> int:
+def rank_of(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """As `Delta.rank`, told by the shapes of a layer's tensors."""
     for leaf in ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
         if shapes.get(leaf):
             return shapes[leaf][0]
     return 0
-
-
-def _readable(value: str) -> Any:
-    """Structured values as they are meant; a long one, such as a thumbnail, by its length."""
-    if value.startswith(("{", "[")):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            return value
-    return value if len(value) <= 1000 else f"{value[:40]}... ({len(value)} characters)"

@@ -41,7 +41,7 @@ _UNSUPPORTED = {
     r"(?:transformer|lora_transformer|lora_unet_(?:double|single)_blocks|lora_unet_joint_blocks)\W?.*": "it is for a "
     "model of another kind (a diffusion transformer)",
 }
-_COMPLETE = (
+COMPLETE = (
     {"lora_down.weight", "lora_up.weight"},
     {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
     {"diff"},
@@ -60,17 +60,17 @@ def read_lora(path: Path, components: Mapping[str, nn.Module], family: FamilyNam
             that does not fit its layer.
     """
     file = LoraFile.open(path)
-    places = _places(components, family)
+    by_name = places(components, family)
     keys = {key: split_key(key) for key in file.shapes}
-    left = [key for key, split in keys.items() if split is None or split[0] not in places]
+    left = [key for key, split in keys.items() if split is None or split[0] not in by_name]
     if left or not keys:
         raise UserError(_left_over(left, len(keys), file, family), str(path), _fix_of(file, family))
     layers: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, tensor in file.tensors().items():
         name, leaf = split_key(key) or (key, "")
-        if leaf in layers.setdefault(places[name], {}):
+        if leaf in layers.setdefault(by_name[name], {}):
             raise UserError(f"holds {key} under another name as well", str(path), "Make the file again.")
-        layers[places[name]][leaf] = _as_rows(tensor) if "lora_magnitude_vector" in key else tensor
+        layers[by_name[name]][leaf] = _as_rows(tensor) if "lora_magnitude_vector" in key else tensor
     _require(path, _problems(layers))
     alphas = _Alphas(file)
     changes: dict[str, list[Delta]] = {}
@@ -80,7 +80,7 @@ def read_lora(path: Path, components: Mapping[str, nn.Module], family: FamilyNam
     return changes
 
 
-def _places(components: Mapping[str, nn.Module], family: FamilyName) -> dict[str, tuple[str, str]]:
+def places(components: Mapping[str, nn.Module], family: FamilyName) -> dict[str, tuple[str, str]]:
     """Every name that a layer may have in a file, to its component and path."""
     unet: Any = components.get("unet")
     per_block = unet.config["layers_per_block"] if unet is not None else 2
@@ -170,7 +170,7 @@ def _fix_of(file: LoraFile, family: FamilyName) -> str:
 
 def _problems(layers: Mapping[tuple[str, str], dict[str, Tensor]]) -> Iterator[str]:
     for (component, layer), tensors in layers.items():
-        if not any(needed <= tensors.keys() for needed in _COMPLETE):
+        if not any(needed <= tensors.keys() for needed in COMPLETE):
             yield f"{component}.{layer} is not complete: it holds {', '.join(sorted(tensors))} only"
         if bad := [leaf for leaf, tensor in tensors.items() if not tensor.isfinite().all()]:
             yield f"{component}.{layer} holds NaN or infinity in {bad[0]}"

@@ -1,55 +1,49 @@
-"""The files to share of one checkpoint of a run: LoRA files or whole models, with card, thumbnail and grid.
+"""The files to share of one checkpoint of a run: LoRA files or whole models, with card, thumbnail, grid and bundle.
 
-If new tokens were trained, their embeddings are a file of their own, because most clients read them only so.
+What `[export]` says holds here, at the end of a run and later on. If new tokens were trained, their embeddings are a
+file of their own, because most clients read them only so.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from . import __version__
+from .adapter import reads_tokens, strength
+from .anatomy import skeleton
 from .baking import bake
-from .bases import FamilyName
-from .card import embedding_folder, is_whole_model, write_beside
-from .config import Kind, RunConfig
+from .bases import BaseInfo, FamilyName
+from .bundle import bundle as write_bundle
+from .card import embedding_folder, write_beside
+from .clients.reading import read_by_clients
+from .config import RunConfig
 from .delta import Changes
 from .errors import ExportError
 from .events import PlanMade, Step, history
-from .export import Precision, export, trained_changes
-from .files import atomic_file
-from .jobs import RunFolder
-from .metadata import Facts, FolderFacts, embedding_file
+from .export import Exported, Precision, export, trained_changes
+from .facts import AS_TRAINED, Facts, FolderFacts, Preview, base_name, last_part
+from .files import atomic_file, write_text
+from .formats import Format, formats_of
+from .interpolation import scaled
+from .jobs import VERIFIED, RunFolder
+from .lorafile import LoraFile
 from .models import Base, load_base
+from .pictures import png, preview_text
 from .pivotal import token_embeddings
-from .sample import before_after_grid, drawn_like
+from .sample import Drawing, before_after_grid, drawn_like
+from .strengths import Strengths
+from .usage import embedding_file, is_whole_model
 from .wholemodel import save_checkpoint_file, save_model_folder
-
-Format = Literal["kohya", "ldm", "diffusers"]
-FORMATS: dict[Kind, tuple[Format, ...]] = {
-    "lora": ("kohya", "diffusers"),
-    "dora": ("kohya", "diffusers"),
-    "full": ("ldm", "diffusers"),
-    **dict.fromkeys(("loha", "lokr", "oft", "boft"), ("kohya",)),
-}
-"""By what was trained. The first is what clients read, a file; a whole model for diffusers is a folder."""
-
-
-def formats_of(config: RunConfig, baked: bool = False) -> tuple[Format, ...]:
-    """The formats in which a run, or a plain LoRA baked of it, can be written.
-
-    diffusers loads the lengths of a DoRA for the UNet alone.
-    """
-    kind = config.adapter.kind
-    if kind == "dora" and config.adapter.text_encoder and not baked:
-        return ("kohya",)
-    return FORMATS["lora" if baked else kind]
 
 
 @dataclass(frozen=True)
@@ -69,56 +63,106 @@ def release(
     name: str,
     folder: Path,
     formats: Sequence[Format] = (),
-    precision: Precision = "fp16",
+    precision: Precision | None = None,
     bake_to: int = 0,
+    strengths: Strengths = AS_TRAINED,
+    bundle: bool = False,
+    changes: Changes | None = None,
+    merged_from: Sequence[str] = (),
 ) -> list[Path]:
-    """Write and verify the files, all formats if none is named; returns `<name>.safetensors`, `<name>-diffusers...`.
+    """Write and verify the files, and return all of them, those with weights first.
 
-    With `bake_to`, a plain LoRA of that rank is made of whatever was trained, `<name>-baked<rank>.safetensors`. Card,
-    sidecar and thumbnail stand beside the first file; embeddings of new tokens in `<name>-embedding/`, as
-    `<trigger>.safetensors`.
+    What is not given is as the run's `[export]` says; where that names no formats, all there are. `changes` stand in
+    place of what the live adapters change, and `merged_from` says of what they were made. With `bake_to`, a plain LoRA
+    of that rank is made of whatever it is, and the file holds it at `strengths`; the name says so:
+    `<name>-baked32-strength0.8.safetensors`. Card, sidecar, thumbnail and grid stand beside the first file, and what
+    was found of the files, by client, in `<name>-verified.json`; embeddings of new tokens
+    in `<name>-embedding/`, as `<trigger>.safetensors`. With `bundle`, all of it lies in `<name>.zip` too.
 
     Raises:
+        UserError: if what was trained cannot be had at these strengths.
         ExportError: if a file on disk is not the same as the trained model, after the other formats were written.
     """
-    facts, changes = facts_of(trained, name), None
-    if bake_to:
-        changes, baked = bake(trained.base, trained_changes(trained.base), bake_to)
-        name = f"{name}-baked{bake_to}"
-        facts = replace(facts, name=name, baked=baked)
-    paths, refused = [], []
-    for format in formats_of(trained.config, bool(bake_to)):
+    settings, base = trained.config.export, trained.base
+    facts = replace(facts_of(trained, name), merged_from=tuple(merged_from))
+    facts, changes = _derived(base, facts, changes, bake_to, strengths)
+    wanted = formats or settings.formats
+    weights, reports, refused = [], [], []
+    for format in formats_of(trained.config, bool(bake_to) or changes is not None):
         try:
-            if format in formats or not formats:
-                paths.append(_write(trained.base, folder, name, format, facts, precision, changes))
+            if format in wanted or not wanted:
+                written = _write(base, folder, format, facts, precision or settings.precision, changes)
+                weights.append(written.path if isinstance(written, Exported) else written)
+                reports += [_report(written, base)] if isinstance(written, Exported) else []
         except ExportError as error:  # what can be written is
             refused += error.problems
     if refused:
         raise ExportError.of(refused)
-    write_beside(paths[0], facts, trained.base.info)
     if file := embedding_file(facts):
-        paths.append(write_embedding(trained.base, folder / embedding_folder(f"{name}.safetensors") / file))
-    if not bake_to and (grid := preview_grid(trained)):  # the pictures are of what was trained
-        with atomic_file(folder / f"{name}-grid.png") as temporary:
-            grid.save(temporary, "PNG")
-    return paths
+        weights.append(write_embedding(base, folder / embedding_folder(f"{facts.name}.safetensors") / file))
+    files = weights + write_beside(weights[0], facts, base.info)
+    if reports:
+        files.append(folder / f"{facts.name}{VERIFIED}")
+        write_text(files[-1], json.dumps({"files": reports}, indent=2) + "\n")
+    if grid := preview_grid(trained, facts):
+        path = folder / f"{facts.name}-grid.png"
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(png(grid, preview_text(facts, facts.previews)))
+        files.append(path)
+    if bundle or settings.bundle:
+        files.append(write_bundle(files, facts, base.info, folder / f"{facts.name}.zip"))
+    return files
+
+
+def _derived(
+    base: Base, facts: Facts, changes: Changes | None, bake_to: int, strengths: Strengths
+) -> tuple[Facts, Changes | None]:
+    """What is known of what is written, and its changes; None for those of the live model, as they were trained."""
+    if bake_to:
+        changes, baked = bake(base, trained_changes(base) if changes is None else changes, bake_to)
+        facts = replace(facts, name=f"{facts.name}-baked{bake_to}", baked=baked)
+    if strengths != AS_TRAINED:
+        changes = None if is_whole_model(facts) else scaled(base, strengths, changes)
+        has_embedding = reads_tokens(base, strengths)
+        name = facts.name + suffix_of(strengths)
+        facts = replace(facts, name=name, strengths=strengths, has_embedding=has_embedding)
+    return facts, changes
+
+
+def _report(exported: Exported, base: Base) -> dict[str, Any]:
+    """How near a file is to what was trained, and what each client makes of it."""
+    readings = read_by_clients(LoraFile.open(exported.path), skeleton(base.info))
+    facts = asdict(exported)
+    clients = [asdict(reading) | {"unused": len(reading.unused)} for reading in readings]
+    return {"file": facts.pop("path").name, **facts, "clients": clients}
+
+
+def suffix_of(strengths: Strengths) -> str:
+    """What a file's name says of strengths: `-strength0.8`, `-strength1-unet.down_blocks0.5`; long ones by a hash."""
+    words = "-".join([f"{strengths.everywhere:g}", *(f"{block}{value:g}" for block, value in strengths.blocks)])
+    plain = re.sub(r"[^\w.-]+", "_", words)
+    return f"-strength{plain if len(plain) <= _LONGEST_SUFFIX else hashlib.sha256(words.encode()).hexdigest()[:8]}"
+
+
+_LONGEST_SUFFIX = 60
 
 
 def _write(
-    base: Base, folder: Path, name: str, format: Format, facts: Facts, precision: Precision, changes: Changes | None
-) -> Path:
-    """One file or folder, verified."""
-    lora = not is_whole_model(facts)
+    base: Base, folder: Path, format: Format, facts: Facts, precision: Precision, changes: Changes | None
+) -> Exported | Path:
+    """One file or folder, verified; of a whole model, its path."""
+    name, lora = facts.name, not is_whole_model(facts)
     path = folder / (
         f"{name}.safetensors" if format != "diffusers" else f"{name}-diffusers{'.safetensors' if lora else ''}"
     )
     device, dtype = base.device, base.dtype
-    if format == "ldm":
-        save_checkpoint_file(base, path, precision)
-    elif lora:
-        export(base, path, facts, lambda: load_base(base.info, dtype, device), format, precision, changes)
-    else:
-        save_model_folder(base, path, precision)
+    if format in ("kohya", "diffusers") and lora:
+        return export(base, path, facts, lambda: load_base(base.info, dtype, device), format, precision, changes)
+    with strength(base, facts.strengths):
+        if format == "ldm":
+            save_checkpoint_file(base, path, precision)
+        else:
+            save_model_folder(base, path, precision)
     return path
 
 
@@ -154,40 +198,61 @@ def facts_of(trained: Trained, name: str) -> Facts:
     records = history(trained.run.events)
     steps = [r for r in records if isinstance(r.event, Step) and r.event.step <= trained.step]
     recent = [r.event.loss for r in steps[-_RECENT:] if isinstance(r.event, Step)]
-    plans = [r.event.plan for r in records if isinstance(r.event, PlanMade)]
-    dataset = plans[-1].get("dataset", {}) if plans else {}
-    folders = dataset.get("folders", [])
-    previews = sorted(trained.run.samples(trained.step).glob("*.png"))
+    planned = next((r.event for r in reversed(records) if isinstance(r.event, PlanMade)), PlanMade(0, 0))
+    dataset, shows = planned.plan.get("dataset", {}), planned.plan.get("shows_per_image")
+    paths = {last_part(data.path): data.path for data in trained.config.data}
     return Facts(
         name=name,
         config=trained.config,
-        folders=tuple(FolderFacts(folder, n, repeats, trigger) for folder, n, repeats, trigger in folders),
+        folders=tuple(
+            FolderFacts(paths.get(folder, str(folder)), n, repeats, trigger)
+            for folder, n, repeats, trigger in dataset.get("folders", [])
+        ),
         buckets={(width, height): images for width, height, images in dataset.get("buckets", [])},
         tag_frequency=dataset.get("tag_frequency", {}),
         steps=trained.step,
+        planned_steps=planned.steps or None,
         images_seen=trained.images,
+        epochs=shows * trained.images / planned.images if shows else None,
         started=records[0].time if records else None,
         finished=steps[-1].time if steps else None,
         loss=sum(recent) / len(recent) if recent else None,
-        picture=_open(previews[0]) if previews else None,
+        previews=tuple(previews_in(trained.run.samples(trained.step), trained.base.info)),
     )
 
 
 _RECENT = 50  # steps whose mean loss is the final loss
 
 
-def preview_grid(trained: Trained) -> Image.Image | None:
-    """The previews of the untouched base and of a step, side by side; None if they cannot be compared."""
+def previews_in(folder: Path, info: BaseInfo) -> list[Preview]:
+    """The previews of one step, each with what its file says of it."""
+    files = enumerate(sorted(folder.glob("*.png")))
+    return [_preview(file, number, base_name(info)) for number, file in files]
+
+
+def _preview(file: Path, number: int, base: str) -> Preview:
+    with Image.open(file) as picture:
+        picture.load()
+        told: Any = picture.info
+        drawing = Drawing(
+            told["negative_prompt"],
+            int(told["seed"]) - number,
+            int(told["steps"]),
+            float(told["guidance"]),
+            int(told["size"].partition("x")[0]),
+        )
+        return Preview(picture.convert("RGB"), told["positive_prompt"], number, drawing, base)
+
+
+def preview_grid(trained: Trained, facts: Facts) -> Image.Image | None:
+    """The previews of the untouched base and of a step, side by side; None if they cannot be compared, or if they show
+    something else than the file."""
     before, after = trained.run.samples(0), trained.run.samples(trained.step)
-    if not drawn_like(before) or drawn_like(before) != drawn_like(after):
+    if not facts.previews or not facts.is_as_trained or drawn_like(before) != drawn_like(after):
         return None
-    untouched, tuned = ([_open(path) for path in sorted(folder.glob("*.png"))] for folder in (before, after))
-    prompts = [text.split("\n")[0] for text in drawn_like(before)]
-    title = f"{trained.config.name}, step {trained.step}"
-    what = "with the LoRA" if trained.config.adapter.kind != "full" else "as it was trained"
-    return before_after_grid(untouched, tuned, prompts, title, columns=2, side=256, after_is=what)
-
-
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    labels = [facts.told_prompt(preview.prompt) or f"prompt {preview.number + 1}" for preview in facts.previews]
+    title = f"{facts.title}, step {trained.step}"
+    what = "as it was trained" if is_whole_model(facts) else "with the LoRA"
+    untouched = [preview.picture for preview in previews_in(before, trained.base.info)]
+    tuned = [preview.picture for preview in facts.previews]
+    return before_after_grid(untouched, tuned, labels, title, columns=2, side=256, after_is=what)

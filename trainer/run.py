@@ -7,14 +7,14 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
-from .adapter import load_adapter_state
+from .adapter import load_adapter_state, trained_layers
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import RunConfig
 from .configfile import read_toml, validate, write_config
@@ -22,11 +22,13 @@ from .errors import INTERRUPTED, LorasmithError, RunError, TrainingError, UserEr
 from .events import Done, Event, EventLog, Failed, Phase, Stopped
 from .export import Precision
 from .fitting import put_on
+from .formats import Format
 from .jobs import RunFolder, create_run, is_main_process, open_run
 from .loop import Emit, Trainer, base_dtype, mixed_precision
-from .models import load_base
+from .models import Base, load_base
 from .plan import Plan, as_trained, base_of, make_plan
-from .release import Format, Trained, release
+from .release import Trained, release
+from .strengths import AS_TRAINED, Strengths
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def resume(run: RunFolder, overrides: Sequence[str], listen: Emit) -> Finished:
         RunError: if there is nothing to resume, or images, captions or base have changed.
     """
     saved = run.saved_steps()
-    plan = make_plan(_config_for_resume(run, overrides), afresh=not saved)
+    plan = make_plan(_changed_config(run, overrides, _MAY_CHANGE, _WHAT_MAY), afresh=not saved)
     checkpoint = load_checkpoint(run.checkpoint(saved[-1])) if saved else None
     seen = checkpoint.state.images if checkpoint else 0
     if seen > plan.images or (seen == plan.images and run.status().state == "done"):
@@ -83,6 +85,18 @@ def load_run(path: Path, step: int | None) -> Trained:
         RunError: if there is no such checkpoint, or it is a part of a model whose rest has changed.
     """
     run = open_run(path)
+    config, checkpoint = run.read_config(), load_checkpoint(run.checkpoint(saved_step(run, step)))
+    base = base_to_load(run, config, checkpoint.state.base)
+    load_adapter_state(base, checkpoint.adapter)
+    return Trained(run, config, base, checkpoint.state.step, checkpoint.state.images)
+
+
+def saved_step(run: RunFolder, step: int | None) -> int:
+    """A step that has a checkpoint; None is the newest.
+
+    Raises:
+        RunError: if there is no such checkpoint.
+    """
     saved = run.saved_steps()
     if not saved or (step is not None and step not in saved):
         there = ", ".join(map(str, saved)) or "none"
@@ -91,18 +105,23 @@ def load_run(path: Path, step: int | None) -> Trained:
             str(run.path),
             f"Checkpoints: {there}.",
         )
-    config = run.read_config()
-    checkpoint = load_checkpoint(run.checkpoint(saved[-1] if step is None else step))
+    return saved[-1] if step is None else step
+
+
+def base_to_load(run: RunFolder, config: RunConfig, identity: str) -> Base:
+    """A run's base, ready to take the weights of a checkpoint, which was saved on a base of this identity.
+
+    Raises:
+        RunError: if they are a part of a model whose rest has changed.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = base_dtype(config, mixed_precision("auto"))
     info = as_trained(base_of(config), config)
-    if _needs_its_base(config) and checkpoint.state.base != info.identity:
+    if _needs_its_base(config) and identity != info.identity:
         what = "the base model has changed since the run was saved, and a part of the weights would be another's"
         raise RunError(what, str(run.path), "Put the base back as it was.")
-    base = load_base(info, dtype, device)
+    base = load_base(info, base_dtype(config, mixed_precision("auto")), device)
     put_on(base, config.adapter, config.seed, config.block, config.trigger)
-    load_adapter_state(base, checkpoint.adapter)
-    return Trained(run, config, base, checkpoint.state.step, checkpoint.state.images)
+    return base
 
 
 def _needs_its_base(config: RunConfig) -> bool:
@@ -116,13 +135,27 @@ def export_run(
     step: int | None,
     formats: Sequence[Format],
     folder: Path | None,
-    precision: Precision,
+    precision: Precision | None = None,
     bake_to: int = 0,
+    strengths: Strengths = AS_TRAINED,
+    bundle: bool = False,
+    overrides: Sequence[str] = (),
 ) -> list[Path]:
-    """Write and verify the files of one checkpoint, of plain LoRAs of a rank with `bake_to`; returns their paths."""
-    trained = load_run(path, step)
+    """Write and verify the files of one checkpoint at these strengths, of plain LoRAs of a rank with `bake_to`, and a
+    zip of them with `bundle`; returns their paths. What is not given is as the run's `[export]` says, with overrides
+    such as `export.author=me` laid over it, this once.
+
+    Raises:
+        RunError: if there is no such checkpoint, or another setting is overridden.
+        ConfigError: if an override is wrong.
+        UserError: if nothing is left of what was trained at these strengths, or it cannot be had at them.
+        ExportError: if a file on disk is not the same as the trained model.
+    """
+    config = _changed_config(open_run(path), overrides, _OF_EXPORTS, "Only export can, now that it is trained.")
+    trained = replace(load_run(path, step), config=config)
+    strengths.refuse_nothing(trained_layers(trained.base))
     name = trained.config.name if step is None else f"{trained.config.name}-step{trained.step:06d}"
-    return release(trained, name, folder or trained.run.exports, formats, precision, bake_to)
+    return release(trained, name, folder or trained.run.exports, formats, precision, bake_to, strengths, bundle)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,21 +230,19 @@ def _failures_told(run: RunFolder, emit: Emit) -> Iterator[None]:
         raise
 
 
-def _config_for_resume(run: RunFolder, overrides: Sequence[str]) -> RunConfig:
+def _changed_config(run: RunFolder, overrides: Sequence[str], may: re.Pattern[str], fix: str) -> RunConfig:
+    """A run's configuration with settings laid over it, of those that may change."""
     before = run.read_config()
     after = validate(read_toml(run.config), run.config.name, overrides)
-    changed = _changes(before.model_dump(), after.model_dump())
-    refused = [key for key in changed if not _MAY_CHANGE.match(key)]
+    refused = [key for key in _changes(before.model_dump(), after.model_dump()) if not may.match(key)]
     if refused:
-        raise RunError(
-            f"{', '.join(refused)} cannot change within a run",
-            str(run.path),
-            "Only budget.images, data.path, save, sample and runtime can; for anything else start a new run.",
-        )
+        raise RunError(f"{', '.join(refused)} cannot change within a run", str(run.path), fix)
     return after
 
 
-_MAY_CHANGE = re.compile(r"budget\.images|data\.\d+\.path|save\.|sample\.|runtime\.")
+_OF_EXPORTS = re.compile(r"export\.")
+_MAY_CHANGE = re.compile(r"budget\.images|data\.\d+\.path|save\.|sample\.|export\.|runtime\.")
+_WHAT_MAY = "Only budget.images, data.path, save, sample, export and runtime can; for anything else start a new run."
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:

@@ -107,7 +107,7 @@ _LORA = ", Lora: "
 def _png_text(prompt: str, number: int, drawing: Drawing, model: str, lora: str) -> PngInfo:
     """The PNG's text: each value by its name, and all of them as A1111's `parameters`."""
     values = {
-        "prompt": prompt,
+        "positive_prompt": prompt,  # ComfyUI takes what is called `prompt` for a graph
         "negative_prompt": drawing.negative_prompt,
         "seed": str(drawing.seed + number),
         "steps": str(drawing.steps),

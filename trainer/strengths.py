@@ -44,11 +44,25 @@ class Strengths:
         Raises:
             ConfigError: for all that do not.
         """
-        paths = [path_of(component, layer) for component, layer in layers]
-        refuse_idle("--block", [block for block, _ in self.blocks], paths)
+        if self.blocks:
+            paths = [path_of(component, layer) for component, layer in layers]
+            refuse_idle("--block", [block for block, _ in self.blocks], paths)
+
+    def refuse_nothing(self, layers: Iterable[tuple[str, str]]) -> None:
+        """Of these layers, (component, path), one at least must keep some of its change.
+
+        Raises:
+            UserError: if all are at strength 0.
+        """
+        if not any(self.of(component, layer) for component, layer in layers):
+            what = "at strength 0 nothing is left of what was trained"
+            raise UserError(what, "--strength", "Give a strength that is not 0, to all of it or to a --block.")
 
     def __str__(self) -> str:
         return ", ".join([f"{self.everywhere:g}", *(f"{value:g} in {block}" for block, value in self.blocks)])
+
+
+AS_TRAINED = Strengths()
 
 
 def _parse(text: str) -> tuple[str, float]:

@@ -384,12 +384,20 @@ def _loaded(fresh: Base, path: Path, format: Format, live: Mapping[str, Layer]) 
 
 
 def _load(fresh: Base, path: Path) -> None:
-    """As any user of diffusers does it."""
-    folder = str(path.absolute().parent)
     try:
-        fresh.pipeline().load_lora_weights(folder, weight_name=path.name, adapter_name=ADAPTER)
-    except (ValueError, RuntimeError, KeyError, IndexError) as error:  # what diffusers and PEFT raise on a bad file
+        load_as_users_do(fresh, path)
+    except REFUSALS as error:
         raise _Different([f"diffusers does not load it: {first_line(error)}"]) from error
+
+
+REFUSALS = (ValueError, RuntimeError, KeyError, IndexError)
+"""What diffusers and PEFT raise on a bad file."""
+
+
+def load_as_users_do(fresh: Base, path: Path) -> None:
+    """Put a file's adapter on a base by diffusers' own loader; raises one of `REFUSALS`."""
+    folder = str(path.absolute().parent)
+    fresh.pipeline().load_lora_weights(folder, weight_name=path.name, adapter_name=ADAPTER)
 
 
 @dataclass(frozen=True)
@@ -404,6 +412,10 @@ class Said:
     shown: float
     """The same at the strength it was raised to."""
     strength: float
+
+    def is_met(self, error: float, tolerance: float, dtype: torch.dtype) -> bool:
+        """Whether an answer that is off by `error` is the same but for rounding; `dtype` is the base's."""
+        return error <= tolerance * self.shown + ROUNDING[dtype] * self.whole
 
 
 @torch.no_grad()
@@ -429,24 +441,32 @@ def answers_of(base: Base, trained: Iterable[str], acting: Acting, most: float) 
     return answers
 
 
-@torch.no_grad()
 def compare_answers(fresh: Base, said: Mapping[str, Said], tolerance: float, acting: Acting) -> dict[str, Answer]:
     """Compare what the fresh pipeline answers with what the live model said."""
-    with acting(0):
-        plain = fresh.encode([PROMPT])
     found, deviations = {}, []
-    for name, live in said.items():
-        with acting(live.strength):
-            error = float((_answer(fresh, name, plain) - live.answer).norm())
+    for name, error in answer_errors(fresh, said, acting).items():
+        live = said[name]
         if not live.shown > 0:
             deviations.append(f"the adapter of {name} changes nothing in its output")
-        elif not error <= tolerance * live.shown + ROUNDING[fresh.dtype] * live.whole:
+        elif not live.is_met(error, tolerance, fresh.dtype):
             share = error / live.shown
             deviations.append(f"the output of {name} in a fresh pipeline is off by {share:.2%} of the effect")
         else:
             found[name] = Answer(live.effect / live.whole, error / live.shown, live.strength)
     _require(deviations)
     return found
+
+
+@torch.no_grad()
+def answer_errors(fresh: Base, said: Mapping[str, Said], acting: Acting) -> dict[str, float]:
+    """By component, the norm of what a base answers otherwise than was said, at the same strength."""
+    with acting(0):
+        plain = fresh.encode([PROMPT])
+    errors = {}
+    for name, live in said.items():
+        with acting(live.strength):
+            errors[name] = float((_answer(fresh, name, plain) - live.answer).norm())
+    return errors
 
 
 def _answer(base: Base, component: str, conditions: Conditions) -> Tensor:

@@ -8,7 +8,8 @@ Of other files, `singlefile.py` tells what it can.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,10 @@ def save_checkpoint_file(base: Base, path: Path, precision: Precision = "fp16") 
     """
     if path.suffix != ".safetensors":
         raise UserError("does not end in .safetensors", str(path), "Clients go by the ending: add it.")
-    family, configs, weights = base.info.family, _configs(base), _weights(base, precision)
-    own = CLIPTokenizer.from_pretrained(POCKET / "tokenizer").get_vocab()
-    for name, tokenizer in _tokenizers(base).items():
-        if tokenizer.get_vocab() != own:
-            raise ExportError("is not CLIP's own, which clients use", name, "Save a diffusers folder.")
-    shapes = configs["unet"], configs["vae"]
-    header = _modelspec(base, path.stem) | {COMPONENTS: json.dumps({"family": family, **configs}, allow_nan=False)}
+    family, shapes = base.info.family, (base.unet.config, base.vae.config)
+    weights, header = _weights(base, precision), checkpoint_header(base, path.stem)
     with atomic_file(path) as temporary:
-        save_file(to_ldm(family, weights, *shapes) | _marks(base), temporary, header)
+        save_file(to_ldm(family, weights, *shapes) | marks(base), temporary, header)
         _require_same(from_ldm(family, load_file(temporary), *shapes), weights)
 
 
@@ -60,7 +56,8 @@ def save_model_folder(base: Base, folder: Path, precision: Precision = "fp16") -
         ExportError: if an adapter is on, a weight is not finite, or what was read back is not the same.
         UserError: if the folder holds anything but an earlier model.
     """
-    _write_folder(folder, base.info.family, _configs(base), _weights(base, precision), _tokenizers(base))
+    save = partial(_save_weights, _weights(base, precision))
+    write_folder(folder, base.info.family, configs_of(base), tokenizers_of(base), save)
 
 
 def unpack(path: Path, folder: Path) -> SingleFile:
@@ -73,9 +70,9 @@ def unpack(path: Path, folder: Path) -> SingleFile:
         UserError: if the folder holds anything but an earlier model.
     """
     found = read_single_file(path, str(path))
-    tokenizers = {name: clip_tokenizer(found.configs[name], str(path)) for name in _tokenizer_names(found.family)}
+    tokenizers = {name: clip_tokenizer(found.configs[name], str(path)) for name in tokenizer_names(found.family)}
     weights = from_ldm(found.family, found.file.tensors(), found.configs["unet"], found.configs["vae"])
-    _write_folder(folder, found.family, found.configs, weights, tokenizers)
+    write_folder(folder, found.family, found.configs, tokenizers, partial(_save_weights, weights))
     return found
 
 
@@ -103,7 +100,8 @@ def _weights(base: Base, precision: Precision) -> Weights:
     return weights
 
 
-def _configs(base: Base) -> Configs:
+def configs_of(base: Base) -> Configs:
+    """The configurations of all components, as files hold them; of `base`, shapes are enough."""
     parts = {"unet": base.unet, "vae": base.vae, "scheduler": base.scheduler}
     configs: Configs = {name: json.loads(part.to_json_string()) for name, part in parts.items()}
     for name, encoder in base.text_encoders.items():
@@ -113,9 +111,23 @@ def _configs(base: Base) -> Configs:
         configs[name] = json.loads(encoder.config.to_json_string()) | fixed
     for config in configs.values():
         config.pop("_name_or_path", None)  # a path of this computer
-    for name, tokenizer in _tokenizers(base).items():
+    for name, tokenizer in tokenizers_of(base).items():
         configs[name] = {"model_max_length": tokenizer.model_max_length, "pad_token": tokenizer.pad_token}
     return configs
+
+
+def checkpoint_header(base: Base, title: str) -> dict[str, str]:
+    """What a checkpoint file says about itself: ModelSpec, and the configurations of its parts.
+
+    Raises:
+        ExportError: if a tokenizer is not the one that clients use with such files.
+    """
+    own = CLIPTokenizer.from_pretrained(POCKET / "tokenizer").get_vocab()
+    for name, tokenizer in tokenizers_of(base).items():
+        if tokenizer.get_vocab() != own:
+            raise ExportError("is not CLIP's own, which clients use", name, "Save a diffusers folder.")
+    parts = {"family": base.info.family, **configs_of(base)}
+    return _modelspec(base, title) | {COMPONENTS: json.dumps(parts, allow_nan=False)}
 
 
 def _modelspec(base: Base, title: str) -> dict[str, str]:
@@ -132,47 +144,59 @@ def _modelspec(base: Base, title: str) -> dict[str, str]:
     return {"format": "pt", **{f"modelspec.{key}": value for key, value in known.items()}}
 
 
-def _marks(base: Base) -> dict[str, Tensor]:
+def marks(base: Base) -> dict[str, Tensor]:
     """ComfyUI and Forge take an SDXL for one that predicts v, or ends in pure noise, if it holds tensors so named."""
     info, is_xl = base.info, base.info.family == "sdxl"
     marks = {"v_pred": info.prediction == "v_prediction", "ztsnr": info.zero_terminal_snr}
     return {name: torch.zeros(0) for name, holds in marks.items() if is_xl and holds}
 
 
-def _classes(family: FamilyName) -> dict[str, tuple[str, str]]:
+def component_classes(family: FamilyName) -> dict[str, tuple[str, str]]:
     """(library, class) of each component but the tokenizers."""
     encoders = {name: ("transformers", kind.__name__) for name, kind in FAMILIES[family].text_encoder_classes.items()}
     parts = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "DDIMScheduler"}
     return {name: ("diffusers", kind) for name, kind in parts.items()} | encoders
 
 
-def _tokenizer_names(family: FamilyName) -> list[str]:
+def tokenizer_names(family: FamilyName) -> list[str]:
     return [name.replace("text_encoder", "tokenizer") for name in FAMILIES[family].text_encoder_classes]
 
 
-def _tokenizers(base: Base) -> dict[str, CLIPTokenizer]:
-    return dict(zip(_tokenizer_names(base.info.family), base.tokenizers, strict=True))
+def tokenizers_of(base: Base) -> dict[str, CLIPTokenizer]:
+    """By the names of their folders."""
+    return dict(zip(tokenizer_names(base.info.family), base.tokenizers, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # folders
 
 
-def _write_folder(
-    folder: Path, family: FamilyName, configs: Configs, weights: Weights, tokenizers: Mapping[str, CLIPTokenizer]
+WEIGHT_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
+"""What the libraries call the file of a component's weights."""
+
+
+def write_folder(
+    folder: Path,
+    family: FamilyName,
+    configs: Configs,
+    tokenizers: Mapping[str, CLIPTokenizer],
+    save: Callable[[str, Path], None],
 ) -> None:
+    """Write a diffusers folder, whole or not at all; `save` writes the weights of a component to a file.
+
+    Raises:
+        UserError: if the folder holds anything but an earlier model.
+    """
     if folder.exists() and not (folder / "model_index.json").is_file() and any(folder.iterdir()):
         raise UserError("is there, and holds no model", str(folder), "Name another folder.")
     with atomic_folder(folder) as temporary:
         _write_json(temporary / "model_index.json", _model_index(family))
-        for name, (library, _) in _classes(family).items():
+        for name, (library, _) in component_classes(family).items():
             (temporary / name).mkdir()
             config = "scheduler_config.json" if name == "scheduler" else "config.json"
             _write_json(temporary / name / config, configs[name])
-            if name in weights:
-                file = temporary / name / _WEIGHT_FILES[library]
-                save_file(weights[name], file, {"format": "pt"})
-                _require_same({name: load_file(file)}, {name: weights[name]})
+            if name != "scheduler":
+                save(name, temporary / name / WEIGHT_FILES[library])
         for name, tokenizer in tokenizers.items():
             tokenizer.backend_tokenizer.no_truncation()  # what it was last used with is no part of the model
             tokenizer.backend_tokenizer.no_padding()
@@ -180,7 +204,9 @@ def _write_folder(
             tokenizer.backend_tokenizer.model.save(str(temporary / name))  # the files that transformers 4 reads
 
 
-_WEIGHT_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
+def _save_weights(weights: Weights, component: str, file: Path) -> None:
+    save_file(weights[component], file, {"format": "pt"})
+    _require_same({component: load_file(file)}, {component: weights[component]})
 
 
 def _model_index(family: FamilyName) -> dict[str, Any]:
@@ -192,8 +218,8 @@ def _model_index(family: FamilyName) -> dict[str, Any]:
         "feature_extractor": none,
         "image_encoder": none,
         **({"force_zeros_for_empty_prompt": True} if family == "sdxl" else own),
-        **_classes(family),
-        **dict.fromkeys(_tokenizer_names(family), ("transformers", "CLIPTokenizer")),
+        **component_classes(family),
+        **dict.fromkeys(tokenizer_names(family), ("transformers", "CLIPTokenizer")),
     }
 
 

@@ -6,9 +6,8 @@ import json
 
 import pandas as pd
 
-from ..trainer.jobs import RunFolder
+from ..trainer.jobs import VERIFIED, RunFolder
 
-VERIFIED = "-verified.json"
 _SAID = {
     "same": "does what was trained",
     "part": "does a part of it",
@@ -25,9 +24,9 @@ def files_of(run: RunFolder) -> list[str]:
 def clients_of(run: RunFolder) -> pd.DataFrame:
     """One line for each file and client."""
     rows = [
-        (report["file"], client["client"], _SAID[client["reading"]], client["why"])
+        (file["file"], client["client"], _SAID[client["reading"]], client["why"])
         for path in sorted(run.exports.glob(f"*{VERIFIED}"))
-        for report in [json.loads(path.read_text(encoding="utf-8"))]
-        for client in report["clients"]
+        for file in json.loads(path.read_text(encoding="utf-8"))["files"]
+        for client in file["clients"]
     ]
     return pd.DataFrame(rows, columns=["file", "client", "what it does", "because"])

@@ -40,14 +40,14 @@ COMPATIBILITY: dict[Form, dict[Client, Reading]] = {
     # for those of columns, sd-scripts and stable-diffusion.cpp drop them. diffusers reads its own file of the UNet.
     "dora": _readings("other", {"diffusers": "same"}),
     "loha": _LYCORIS,
-    "lokr": _LYCORIS,
+    "lokr": _readings("same", {"diffusers": "none", "sd-scripts": "none", "InvokeAI": "none"}),
     "full": _LYCORIS,
 }
-_INSTEAD = "lorasmith bake writes a plain LoRA of it"
+_INSTEAD = "lorasmith resize writes a plain LoRA of it"
 _NOTES: dict[Form, str] = {
     "dora": "diffusers reads it of the UNet alone: with text encoders (adapter.text_encoder) no diffusers file is "
     "written.",
-    "lokr": "InvokeAI does not find out for which base it is: choose it there.",
+    "lokr": "InvokeAI would read it, but does not find out for which base it is.",
     "full": "what oft and boft change is stored whole, so that the file is as large as the adapted layers.",
 }
 

@@ -53,14 +53,18 @@ def inspect(file: LoraPath, as_json: Json = False) -> None:
     """Say what is in a LoRA file; no model is loaded."""
     import json
 
+    from ..finding import Finding
     from ..inspection import inspect as inspect_file
 
     facts = inspect_file(file)
     if as_json:
         print_json(facts)
         return
+    found = [Finding(**finding) for finding in facts.pop("findings")]
     for name, value in facts.items():
         typer.echo(f"{name}: {json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value}")
+    for finding in found:
+        typer.echo(finding)
 
 
 def convert(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,9 +12,11 @@ import typer
 from ..errors import UserError
 from .options import (
     BlockStrengths,
+    Json,
     Rank,
     RunPath,
     Strength,
+    print_json,
     print_lost,
     progress_of,
     refuse_taken,
@@ -76,6 +78,7 @@ def interpolate(
     precision: OwnPrecision = None,
     out: ExportFolder = None,
     bundle: Bundle = False,
+    as_json: Json = False,
 ) -> None:
     """Write the weighted mean of checkpoints, of a run or of two, as files to share: often better than each of them."""
     if out:
@@ -92,9 +95,7 @@ def interpolate(
     files = release(
         mean.trained, mean.name, folder, precision=precision, bundle=bundle, changes=changes, merged_from=sources
     )
-    for file in files:
-        typer.echo(file)
-    print_lost(mean.lost)
+    _say_what_was_written(files, mean.lost, as_json)
 
 
 def export(
@@ -115,6 +116,7 @@ def export(
         list[str] | None,
         typer.Option("--set", metavar="export.KEY=VALUE", help="Override a setting of [export]; may be repeated."),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Write the files to share, load them back, and compare them with the trained model; say what each client makes of
     them. A strength other than 1 becomes a part of the file."""
@@ -140,10 +142,8 @@ def export(
         raise UserError(f"there is no format {unknown[0]!r} of this run", "--format", fix)
     strengths = Strengths.parse(strength, block or [])
     files = export_run(path, step, formats, out, precision, bake or 0, strengths, bundle, set_ or [])
-    for file in files:
-        typer.echo(file)
-    if bake:
-        print_lost(json.loads(LoraFile.open(files[0]).metadata["lorasmith_baked_lost"]))
+    lost = json.loads(LoraFile.open(files[0]).metadata["lorasmith_baked_lost"]) if bake else {}
+    _say_what_was_written(files, lost, as_json)
 
 
 def publish(
@@ -157,6 +157,26 @@ def publish(
 
     published = upload(source, repo, private, overwrite=overwrite)
     typer.echo(published.url)
+
+
+def _say_what_was_written(files: Sequence[Path], lost: Mapping[str, float], as_json: bool) -> None:
+    """The files, and of LoRA files which clients do not do with them what was trained."""
+    from ..jobs import VERIFIED
+
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.name.endswith(VERIFIED)]
+    reports = [report for each in found for report in each["files"]]
+    if as_json:
+        print_json({"written": [str(file) for file in files], "lost": lost, "files": reports})
+        return
+    for file in files:
+        typer.echo(file)
+    print_lost(lost)
+    for report in reports:
+        same = [client["client"] for client in report["clients"] if client["reading"] == "same"]
+        typer.echo(f"{report['file']} does what was trained in {', '.join(same) or 'no client'}")
+        for client in report["clients"] if report["format"] == "kohya" else []:
+            if client["reading"] != "same":
+                typer.echo(f"  {client['client']}: {client['reading']}. {client['why']}")
 
 
 def _numbers(text: str, kind: Callable[[str], Any], where: str) -> list[Any]:

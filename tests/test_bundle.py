@@ -1,0 +1,282 @@
+"""What is released of a run, and the zip of it: whole, the same each time, right for the Hub, and nothing private."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomlkit
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+
+from lorasmith.trainer.bases import inspect_base
+from lorasmith.trainer.bundle import bundle
+from lorasmith.trainer.configfile import merge, validate
+from lorasmith.trainer.errors import UserError
+from lorasmith.trainer.events import EventLog
+from lorasmith.trainer.fitting import put_on
+from lorasmith.trainer.jobs import create_run
+from lorasmith.trainer.loop import Trainer
+from lorasmith.trainer.lorafile import LoraFile
+from lorasmith.trainer.loraread import read_lora
+from lorasmith.trainer.models import load_base
+from lorasmith.trainer.plan import make_plan
+from lorasmith.trainer.release import Trained, facts_of, release, suffix_of
+from lorasmith.trainer.strengths import Strengths
+from lorasmith.trainer.verify import live_changes
+
+from . import tiny
+from .conftest import draw_picture
+
+SECRETS = ("anna", "schmidt", "kitchen")
+PROMPTS = ["trg, a lighthouse", "a boat, trg"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A run on a tiny SD 1 of a person who has named everything after herself, with two previews."""
+    top = tmp_path_factory.mktemp("home") / "anna"
+    images = top / "ink"
+    images.mkdir(parents=True)
+    for number in range(4):
+        draw_picture(number, (64, 64)).save(images / f"{number}.png")
+        (images / f"{number}.txt").write_text(f"house, anna schmidt in her kitchen {number}", encoding="utf-8")
+    config = validate(
+        {
+            "name": "short",
+            "runs": str(top / "runs"),
+            "base": {"model": str(tiny.make_sd1(top / "tiny base"))},
+            "data": [{"path": str(images), "trigger": "trg"}],
+            "adapter": {"rank": 2, "alpha": 2.0},
+            "budget": {"images": 8, "batch": 4},
+            "optimizer": {"lr": 1e-3, "text_encoder_lr": 1e-3},
+            "save": {"every": 0},
+            "sample": {"every": 100, "steps": 1, "prompts": PROMPTS, "negative_prompt": "blurry"},
+            "runtime": {"cache": str(top / "cache")},
+        }
+    )
+    plan = make_plan(config)
+    run = create_run(plan.config)
+    trainer = Trainer(plan, run, EventLog(run.events).append)
+    assert trainer.train(lambda: False) == "finished"
+    return Trained(run, trainer.config, trainer.base, trainer.state.step, trainer.state.images)
+
+
+def saying(trained: Trained, **export: Any) -> Trained:
+    """The same run with other settings of its export."""
+    config = trained.config.model_copy(deep=True)
+    config.export = config.export.model_copy(update=export)
+    return replace(trained, config=config)
+
+
+def unzipped(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        return {entry.filename: archive.read(entry) for entry in archive.infolist()}
+
+
+def png_text(content: bytes) -> dict[str, Any]:
+    with Image.open(io.BytesIO(content)) as picture:
+        picture.load()
+        return {str(name): value for name, value in picture.info.items()}
+
+
+INSIDE = [
+    "README.md",
+    "LICENSE.md",
+    "SHA256SUMS",
+    "config.toml",
+    "images/00.png",
+    "images/01.png",
+    "short-diffusers.safetensors",
+    "short-grid.png",
+    "short.json",
+    "short.png",
+    "short.safetensors",
+]
+
+
+def test_a_bundle_is_all_that_is_released_and_the_same_each_time(trained: Trained, tmp_path: Path):
+    files = release(saying(trained, license="cc-by-4.0"), "short", tmp_path, bundle=True)
+    beside = [".safetensors", "-diffusers.safetensors", ".md", ".json", ".png", "-grid.png", ".zip"]
+    assert [file.name for file in files] == [f"short{ending}" for ending in beside]
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in files}
+
+    inside = unzipped(files[-1])
+    assert list(inside) == INSIDE
+    for file in files[:-1]:
+        if file.suffix != ".md":
+            assert inside[file.name] == file.read_bytes(), file.name
+    sums = dict(line.split("  ")[::-1] for line in inside["SHA256SUMS"].decode().splitlines())
+    assert sums == {
+        name: hashlib.sha256(content).hexdigest()
+        for name, content in inside.items()
+        if name not in ("README.md", "SHA256SUMS")
+    }
+    facts = facts_of(saying(trained, license="cc-by-4.0"), "short")
+    again = bundle(files[:-1], facts, trained.base.info, tmp_path / "again.zip")
+    assert again.read_bytes() == files[-1].read_bytes()
+
+
+def test_the_card_of_a_bundle_names_what_is_in_it(trained: Trained, tmp_path: Path):
+    inside = unzipped(release(saying(trained, license="Ask me"), "short", tmp_path, ["kohya"], bundle=True)[-1])
+    card = ModelCard(inside["README.md"].decode())
+    data: dict[str, Any] = card.data.to_dict()
+    assert [(entry["text"], entry["output"]["url"]) for entry in data["widget"]] == [
+        (prompt, f"images/{number:02d}.png") for number, prompt in enumerate(PROMPTS)
+    ]
+    named = [entry["output"]["url"] for entry in data["widget"]] + [data["license_link"], "short-grid.png"]
+    assert set(named) <= set(inside)
+    assert "short-grid.png" in card.text
+    assert "weight_name='short.safetensors'" in card.text
+    assert "Ask me" in inside["LICENSE.md"].decode()
+
+
+def test_pictures_say_how_they_are_drawn_again(trained: Trained, tmp_path: Path):
+    inside = unzipped(release(trained, "short", tmp_path, ["kohya"], bundle=True)[-1])
+    autov3 = hashlib.sha256(raw_after_header(inside["short.safetensors"])).hexdigest()[:12]
+    assert png_text(inside["images/01.png"])["parameters"] == (
+        f"a boat, trg <lora:short:1>\nNegative prompt: blurry\nSteps: 1, Sampler: DDIM, CFG scale: 7.0, Seed: 1235, "
+        f'Size: 32x32, Model: tiny base, Lora hashes: "short: {autov3}"'
+    )
+    grid = png_text(inside["short-grid.png"])
+    assert grid["parameters"].startswith("trg, a lighthouse\nNegative prompt: blurry\n")
+    assert [picture["prompt"] for picture in json.loads(grid["lorasmith"])["pictures"]] == PROMPTS
+    for name in ("images/00.png", "short.png", "short-grid.png"):
+        assert not {"prompt", "workflow"} & set(png_text(inside[name]))
+
+
+def raw_after_header(raw: bytes) -> bytes:
+    return raw[8 + int.from_bytes(raw[:8], "little") :]
+
+
+def test_the_configuration_of_a_bundle_gives_the_same_again_once_it_has_images(trained: Trained, tmp_path: Path):
+    inside = unzipped(release(trained, "short", tmp_path, ["kohya"], bundle=True)[-1])
+    values = tomlkit.parse(inside["config.toml"].decode()).unwrap()
+    assert (values["data"][0]["path"], values["base"]["model"], values["runs"]) == ("ink", "tiny base", "runs")
+    assert (values["runtime"]["cache"], values["sample"]["prompts"]) == ("", PROMPTS)
+    own = trained.config
+    values["data"][0]["path"], values["base"]["model"] = own.data[0].path, own.base.model
+    values = merge(values, {"runs": own.runs, "runtime": {"cache": own.runtime.cache}})
+    assert validate(values) == own
+
+
+@pytest.mark.parametrize("metadata", ["safe", "none", "all"])
+def test_a_bundle_tells_of_a_person_only_if_all_is_asked_for(trained: Trained, tmp_path: Path, metadata: Any):
+    """Prompts that are captions among them."""
+    config = saying(trained, metadata=metadata)
+    facts = facts_of(config, "short")
+    caption = "trg, house, anna schmidt in her kitchen 0"
+    drawn = replace(facts.previews[0], prompt=caption)
+    facts = replace(facts, previews=(drawn, facts.previews[1]))
+    assert facts.config
+    facts.config.sample.prompts = [caption, PROMPTS[1]]
+    files = release(config, "short", tmp_path, ["kohya"])
+    inside = unzipped(bundle([files[0]], facts, trained.base.info, tmp_path / "short.zip"))
+    told = {name for name, raw in inside.items() if any(secret in raw.lower().decode("latin-1") for secret in SECRETS)}
+    assert told == ({"README.md", "config.toml", "images/00.png", "short.safetensors"} if metadata == "all" else set())
+    assert ("config.toml" in inside) == (metadata != "none")
+    card: dict[str, Any] = ModelCard(inside["README.md"].decode()).data.to_dict()
+    texts = {"safe": ["-", PROMPTS[1]], "none": ["-", "-"], "all": [caption, PROMPTS[1]]}[metadata]
+    assert [entry["text"] for entry in card["widget"]] == texts
+    if metadata == "safe":
+        assert tomlkit.parse(inside["config.toml"].decode()).unwrap()["sample"]["prompts"] == [PROMPTS[1]]
+        assert png_text(inside["images/00.png"])["parameters"].startswith("<lora:short:1>\nNegative prompt: blurry\n")
+
+
+def test_what_the_run_says_of_its_export_is_done(trained: Trained, tmp_path: Path):
+    wanted = saying(trained, formats=["diffusers"], precision="fp32", bundle=True, title="Ink")
+    files = release(wanted, "short", tmp_path)
+    assert (files[0].name, files[-1].name) == ("short-diffusers.safetensors", "short.zip")
+    file = LoraFile.open(files[0])
+    assert set(file.dtypes.values()) == {"F32"}
+    assert file.metadata["modelspec.title"] == "Ink"
+    assert "short-diffusers.md" not in unzipped(files[-1])
+    given = release(wanted, "short", tmp_path, ["kohya"], "bf16")  # what is asked for here comes first
+    assert "BF16" in LoraFile.open(given[0]).dtypes.values()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# at other strengths
+
+
+def test_a_file_holds_what_was_trained_at_the_strengths_asked_for(trained: Trained, tmp_path: Path):
+    strengths = Strengths(0.5, (("unet.up_blocks", 2.0), ("text_encoder", 0.0)))
+    file, *others = release(trained, "short", tmp_path, ["kohya"], "fp32", strengths=strengths, bundle=True)
+    assert file.name == "short-strength0.5-unet.up_blocks2-text_encoder0.safetensors"
+    assert not any("grid" in other.name for other in others)  # the previews show something else
+    found = read_lora(file, load_base(trained.base.info).components, "sd1")
+    assert set(found) == {"unet"}
+    live = {delta.name: delta for delta in live_changes(trained.base)["unet"]}
+    assert {delta.name for delta in found["unet"]} == set(live)
+    for delta in found["unet"]:
+        weight = torch.empty(delta.up.shape[0], delta.down.shape[1], *delta.down.shape[2:])
+        factor = 2.0 if delta.name.startswith("up_blocks") else 0.5
+        torch.testing.assert_close(delta.of(weight), factor * live[delta.name].of(weight), rtol=1e-4, atol=1e-7)
+    header = LoraFile.open(file).metadata
+    assert header["lorasmith_strength"] == "0.5, 2 in unet.up_blocks, 0 in text_encoder"
+    inside = unzipped(others[-1])
+    assert f"| strength of what was trained | {strengths} |" in inside["README.md"].decode()
+    assert "parameters" not in png_text(inside["images/00.png"])
+
+
+def test_strengths_that_leave_nothing_or_name_nothing_are_refused(trained: Trained, tmp_path: Path):
+    for strengths in (Strengths(0.0), Strengths(1.0, (("unet.nothing", 0.5),))):
+        with pytest.raises(UserError):
+            release(trained, "short", tmp_path, strengths=strengths)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dora_is_baked_before_it_has_another_strength(trained: Trained, tmp_path: Path):
+    values = merge(trained.config.model_dump(), {"adapter": {"kind": "dora", "text_encoder": False}})
+    config = validate(merge(values, {"optimizer": {"text_encoder_lr": 0.0}}))
+    base = load_base(inspect_base(config.base.model))
+    put_on(base, config.adapter, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in base.unet.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    dora = Trained(trained.run, config, base, trained.step, trained.images)
+    with pytest.raises(UserError, match="--bake"):
+        release(dora, "short", tmp_path, strengths=Strengths(0.5))
+    file, *_ = release(dora, "short", tmp_path, ["kohya"], bake_to=4, strengths=Strengths(0.5))
+    assert file.name == "short-baked4-strength0.5.safetensors"
+    assert not any(key.endswith("dora_scale") for key in load_file(file))
+
+
+def test_names_of_strengths_are_short_and_differ():
+    many = tuple((f"unet.up_blocks.{number}.attentions", 0.5) for number in range(9))
+    names = [suffix_of(strengths) for strengths in (Strengths(0.8), Strengths(0.8, many), Strengths(0.7, many))]
+    assert names[0] == "-strength0.8"
+    assert len(set(names)) == 3
+    assert max(map(len, names)) <= len("-strength") + 60
+    assert suffix_of(Strengths(1.0, (("unet.*.attn2", 0.5),))) == "-strength1-unet._.attn20.5"
+
+
+def test_a_whole_model_is_released_between_the_base_and_what_was_trained(trained: Trained, tmp_path: Path):
+    adapter = {"kind": "full", "train_only": ["unet.mid_block"], "text_encoder": False}
+    values = merge(trained.config.model_dump(exclude={"adapter"}), {"optimizer": {"text_encoder_lr": 0.0}})
+    config = validate(values | {"adapter": adapter})
+    base = load_base(inspect_base(config.base.model))
+    put_on(base, config.adapter, seed=1)
+    weight = base.unet.mid_block.resnets[0].conv1.weight
+    original = weight.detach().clone()
+    weight.data += 1.0
+    model = Trained(trained.run, config, base, trained.step, trained.images)
+    file, *others = release(model, "short", tmp_path, ["ldm"], "fp32", strengths=Strengths(0.25), bundle=True)
+    assert file.name == "short-strength0.25.safetensors"
+    written = load_file(file)["model.diffusion_model.middle_block.0.in_layers.2.weight"]
+    torch.testing.assert_close(written, original + 0.25)
+    torch.testing.assert_close(weight, original + 1.0)
+    inside = unzipped(others[-1])
+    assert file.name in inside
+    data: dict[str, Any] = ModelCard(inside["README.md"].decode()).data.to_dict()
+    assert "lora" not in data["tags"]
