@@ -609,7 +609,16 @@ def test_a_scale_in_the_header_is_read_by_diffusers_alone(
 
 
 @pytest.mark.parametrize(
-    "said", ["{", "[]", "[" * 99999, '"r"', '{"unet.r": 3}', '{"unet.r": "many"}', '{"unet.alpha_pattern": {"(": 2}}']
+    "said",
+    [
+        "{",
+        "[]",
+        pytest.param("[" * 99999, id="deep"),
+        '"r"',
+        '{"unet.r": 3}',
+        '{"unet.r": "many"}',
+        '{"unet.alpha_pattern": {"(": 2}}',
+    ],
 )
 def test_a_header_that_says_nonsense_is_no_crash(bases: dict[str, Base], tmp_path: Path, said: str):
     file = saved(tmp_path, weights(bases["sd1"], "diffusers", "unet"), {"lora_adapter_metadata": said})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,16 @@ from transformers import CLIPTextConfig
 from typer.testing import CliRunner
 
 from lorasmith.trainer.adapter import ADAPTER, base_weight, deltas, strength
+from lorasmith.trainer.anatomy import skeleton
 from lorasmith.trainer.architectures import ARCHITECTURES
 from lorasmith.trainer.baking import bake
 from lorasmith.trainer.bases import FAMILY_TITLES, FamilyName, inspect_base
 from lorasmith.trainer.cli import app
 from lorasmith.trainer.clients.table import FORM_OF, unread_by
 from lorasmith.trainer.config import AdapterSection, RunConfig
+from lorasmith.trainer.delta import lora
 from lorasmith.trainer.errors import ExportError, UserError
-from lorasmith.trainer.export import castable, export, write
+from lorasmith.trainer.export import castable, export, save, tensors, write
 from lorasmith.trainer.fitting import put_on
 from lorasmith.trainer.full import trained_weights
 from lorasmith.trainer.inspection import inspect
@@ -44,7 +47,7 @@ from lorasmith.trainer.pivotal import token_embeddings
 from lorasmith.trainer.plan import make_plan
 from lorasmith.trainer.release import formats_of, write_embedding
 from lorasmith.trainer.run import load_run
-from lorasmith.trainer.verify import EFFECT_TOLERANCE, WEIGHT_TOLERANCE, live_changes, verify
+from lorasmith.trainer.verify import EFFECT_TOLERANCE, WEIGHT_TOLERANCE, live_changes, verify, verify_tensors
 
 from .tiny import MAKERS
 
@@ -68,8 +71,8 @@ def trained(folder: Path, scale: float = 0.5, **settings: Any) -> Base:
     put_on(base, AdapterSection(**({"rank": 4, "alpha": 4.0} | settings)), seed=1)
     generator = torch.Generator().manual_seed(5)
     for component in base.components.values():
-        for lora in deltas(component):
-            lora.up.copy_(torch.randn(lora.up.shape, generator=generator) * scale)
+        for delta in deltas(component):
+            delta.up.copy_(torch.randn(delta.up.shape, generator=generator) * scale)
     return base
 
 
@@ -332,8 +335,8 @@ def live_too_large(base: Base) -> None:
 
 
 def live_zero(base: Base) -> None:
-    for lora in deltas(base.text_encoders["text_encoder"]):
-        lora.up.zero_()
+    for delta in deltas(base.text_encoders["text_encoder"]):
+        delta.up.zero_()
 
 
 def live_merged(base: Base) -> None:
@@ -814,6 +817,21 @@ def test_diffusers_maps_every_sdxl_name_back_to_its_layer(folders: dict[str, Pat
 def test_sgm_names_are_those_of_the_table(path: str, name: str):
     assert kohya_name("sdxl", "unet", path) == f"lora_unet_{name}"
     assert kohya_name("sd1", "unet", path) == f"lora_unet_{path.replace('.', '_')}"
+
+
+@pytest.mark.parametrize(("projections", "is_read"), [("qkv", False), (("q", "k", "v", "out"), True)])
+def test_what_a_client_would_leave_out_is_not_exported(tmp_path: Path, projections: Iterable[str], is_read: bool):
+    """A1111 takes the attention of OpenCLIP's text encoder whole or not at all."""
+    base = skeleton(inspect_base("random:sdxl"))
+    paths = [f"text_model.encoder.layers.3.self_attn.{which}_proj" for which in projections]
+    deltas = [lora(path, torch.randn(1, 1280), torch.randn(1280, 1), 1.0) for path in paths]
+    file, changes = tmp_path / "x.safetensors", {"text_encoder_2": deltas}
+    save(file, tensors(base, changes, "kohya"), lambda writer: {}, "kohya", "fp32")
+    if is_read:
+        verify_tensors(file, base, changes)
+    else:
+        with pytest.raises(ExportError, match=r"A1111 would not do what was trained: .*q, k, v and out are all there"):
+            verify_tensors(file, base, changes)
 
 
 def test_wrappers_leave_no_trace_in_names():

@@ -27,6 +27,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .adapter import ADAPTER, base_weight, deltas, strength
+from .architectures import ARCHITECTURES, PUBLISHED
+from .clients.reading import read_by_clients
+from .clients.table import COMPATIBILITY, Client
 from .delta import Changes, Delta, product_norm
 from .errors import ExportError, Problem, UserError, first_line
 from .keys import ALPHA, Format, base_name, component_of, grammar, leaf_of
@@ -167,6 +170,7 @@ def _compare_tensors(
 ) -> tuple[dict[str, Delta], set[torch.dtype]]:
     """The changes that the file holds, and the types they are kept in."""
     _require(name_deviations(file, base, live, format))
+    _require(client_deviations(file, base, live, format))
     written = read_layers(file, live, format)
     _require(tensor_deviations(file, live, written))
     types = {_DTYPES[dtype] for key, dtype in file.dtypes.items() if not key.endswith(f".{ALPHA}")}
@@ -226,6 +230,28 @@ def name_deviations(file: LoraFile, base: Base, live: Mapping[str, Layer], forma
     yield from set_deviations(expected, file.shapes, "in the file")
     if "lora_adapter_metadata" in file.metadata:
         yield "the header holds lora_adapter_metadata, which makes diffusers refuse the file"
+
+
+_MAPS: tuple[Client, ...] = ("A1111", "ComfyUI", "diffusers", "sd-scripts")
+"""The clients whose ways to find layers by name are those of all others."""
+
+
+def client_deviations(file: LoraFile, base: Base, live: Mapping[str, Layer], format: Format) -> Iterator[str]:
+    """Whoever reads this kind of file does with it what it means, with every key, by the client's own map of names.
+
+    Some clients know published models by heart, layer for layer, so that of other shapes it is only told.
+    """
+    published = ARCHITECTURES[PUBLISHED[base.info.family].removeprefix("random:")]["unet"]
+    if format != "kohya" or any(list(base.unet.config[k]) != list(published[k]) for k in _SHAPE):
+        return
+    forms = {layer.delta.form for layer in live.values()}
+    readers = [client for client in _MAPS if all(COMPATIBILITY[form][client] == "same" for form in forms)]
+    for reading in read_by_clients(file, base):
+        if reading.client in readers and reading.reading != "same":
+            yield f"{reading.client} would not do what was trained: {reading.why.rstrip('.')}"
+
+
+_SHAPE = ("block_out_channels", "down_block_types")
 
 
 def tensor_names(delta: Delta, format: Format) -> list[str]:

@@ -21,7 +21,7 @@ from .asked import CLIENTS, RealClient, ask, ask_detection, foresee, slips
 from .bases import ARCHITECTURE, FamilyName, Subject, make_subject
 from .cases import KINDS, Case, make_cases
 from .drawn import draw_all
-from .places import CYLLAMA, INVOKEAI, NotAtHand
+from .places import CYLLAMA, INVOKEAI, LOG, NotAtHand
 from .verdicts import Report, Verdict
 
 DOCUMENT = Path("docs/clients.md")
@@ -75,6 +75,7 @@ def examine(
             for family in families:
                 folder = place / "asked" / re.sub(r"\W+", "-", client.title) / family
                 folder.mkdir(parents=True, exist_ok=True)
+                (folder / LOG).unlink(missing_ok=True)
                 own = readings[family]
                 say(f"asking {client.title} about {family}")
                 if client.place is not CYLLAMA:

@@ -20,7 +20,7 @@ from lorasmith.trainer.lorafile import LoraFile
 
 from .bases import ARCHITECTURE, FamilyName, Subject
 from .cases import KINDS, Case, file_stem, write_published
-from .places import CYLLAMA, INVOKEAI, OLDER, Place, Say, python_of, run_script
+from .places import CYLLAMA, INVOKEAI, LOG, OLDER, Place, Say, python_of, run_script
 from .verdicts import Verdict, errors_of, reading_of
 
 Readings = Mapping[tuple[str, Format], Mapping[str, Reading]]
@@ -86,10 +86,10 @@ def ask(
     out.mkdir(parents=True, exist_ok=True)
     files = {case.file.stem: str(case.file) for case in cases}
     job = {"base": str(subject.base), "family": subject.family, "given": str(subject.given), "out": str(out)}
-    lines = run_script(python, job | {"files": files}, client.runner, folder, folder / "log.txt")
+    lines = run_script(python, job | {"files": files}, client.runner, folder)
     said = {str(line["name"]): line["refused"] for line in lines}
     if dead := [stem for stem in files if stem not in said]:
-        raise UserError(f"died before it answered about {dead[0]}", client.title, f"See {folder / 'log.txt'}.")
+        raise UserError(f"died before it answered about {dead[0]}", client.title, f"See {folder / LOG}.")
     for case in cases:
         refusal = said[case.file.stem]
         known = case.family, case.kind, case.format, client.title
@@ -108,10 +108,10 @@ def ask_detection(
     """Whether InvokeAI finds out for which base the files of the published widths are."""
     files = {stem: published / f"{stem}.safetensors" for stem in (file_stem(family, *known) for known in readings)}
     job = {"files": {stem: str(file) for stem, file in files.items()}}
-    lines = run_script(python, job, "invokeai_detection.py", folder, folder / "log.txt")
+    lines = run_script(python, job, "invokeai_detection.py", folder)
     bases = {str(line["name"]): line["base"] for line in lines}
     if bases.keys() != files.keys():
-        raise UserError("died before it had found the bases", DETECTION, f"See {folder / 'log.txt'}.")
+        raise UserError("died before it had found the bases", DETECTION, f"See {folder / LOG}.")
     for (kind, format), stem in zip(readings, files, strict=True):
         base = bases[stem]
         found: Reading = "same" if base == family else "other" if base else "none"

@@ -27,7 +27,7 @@ from lorasmith.trainer.wholemodel import save_checkpoint_file
 from .asked import Readings, RealClient
 from .bases import ARCHITECTURE, FamilyName
 from .cases import KINDS, adapt, file_stem
-from .places import Say, run_script
+from .places import LOG, Say, run_script
 from .verdicts import Verdict, errors_of, reading_of
 
 TOLERANCE = 0.03
@@ -65,14 +65,13 @@ def draw_all(
             expected = client.expected(kind, format, readings)
             drawn = _picture(python, folder, checkpoint, file)
             if drawn is None:
-                yield Verdict(*known, "none", expected, {}, f"it drew nothing; see {folder / _LOG}")
+                yield Verdict(*known, "none", expected, {}, f"it drew nothing; see {folder / LOG}")
                 continue
             pictures = {"picture": drawn}, {"picture": live}, {"picture": before}
             yield Verdict(*known, reading_of(*pictures, TOLERANCE), expected, errors_of(*pictures))
 
 
 _DTYPE: dict[FamilyName, torch.dtype] = {"sd1": torch.float32, "sdxl": torch.float16}  # two of them fit in 24 GiB
-_LOG = "log.txt"
 
 
 def _picture(python: Path, folder: Path, model: Path, lora: Path | None) -> Tensor | None:
@@ -80,7 +79,7 @@ def _picture(python: Path, folder: Path, model: Path, lora: Path | None) -> Tens
     out = folder / "picture.ppm"
     out.unlink(missing_ok=True)
     job = {"model": str(model), "lora": lora and str(lora), "out": str(out), "side": _SIDE}
-    run_script(python, job, "sdcpp_picture.py", folder, folder / _LOG)
+    run_script(python, job, "sdcpp_picture.py", folder)
     if not out.is_file():
         return None
     with Image.open(out) as picture:
@@ -89,5 +88,5 @@ def _picture(python: Path, folder: Path, model: Path, lora: Path | None) -> Tens
 
 def _required(picture: Tensor | None, folder: Path) -> Tensor:
     if picture is None:
-        raise UserError("draws nothing without a LoRA", "stable-diffusion.cpp", f"See {folder / _LOG}.")
+        raise UserError("draws nothing without a LoRA", "stable-diffusion.cpp", f"See {folder / LOG}.")
     return picture

@@ -16,6 +16,7 @@ from lorasmith.trainer.files import write_text
 
 Say = Callable[[str], None]
 
+LOG = "log.txt"
 _TORCH = "torch==2.13.0"
 
 
@@ -96,18 +97,16 @@ def _interpreter(place: Place) -> str:
     raise NotAtHand(f"there is no python{' or python'.join(place.pythons)} on PATH")
 
 
-def run_script(
-    python: Path, job: Mapping[str, object], script: str, folder: Path, log: Path
-) -> list[dict[str, object]]:
+def run_script(python: Path, job: Mapping[str, object], script: str, folder: Path) -> list[dict[str, object]]:
     """Run a runner with a job, and return the lines of JSON that it printed, up to where it ended or died.
 
-    What it says besides goes to the end of `log`. It runs in `folder`, offline.
+    It runs in a folder, offline; what it says besides goes to the end of the log there.
     """
     file = folder / "job.json"
     write_text(file, json.dumps(job, indent=1))
     settings = {"HF_HUB_OFFLINE": "1", "INVOKEAI_ROOT": str(folder / "invokeai"), "PYTHONUTF8": "1"}
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | settings
-    with log.open("a", encoding="utf-8") as errors:
+    with (folder / LOG).open("a", encoding="utf-8") as errors:
         done = subprocess.run(
             [str(python), str(Path(__file__).parent / "runners" / script), str(file)],
             cwd=folder,

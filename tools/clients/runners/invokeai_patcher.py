@@ -6,18 +6,14 @@ a person can in its model manager (`invokeai_detection.py` asks what it finds ou
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-# isort: off
-import invokeai_absent
-from asking import Parts, run
-# isort: on
-
+import invokeai_absent  # noqa: F401  # before InvokeAI, for what that imports
 import torch
+from asking import Parts, run
 from diffusers import UNet2DConditionModel
 from invokeai.backend.model_manager.load.model_cache.torch_module_autocast import (  # pyright: ignore[reportMissingImports]
     torch_module_autocast,
@@ -29,8 +25,6 @@ from invokeai.backend.model_manager.taxonomy import (  # pyright: ignore[reportM
 )
 from invokeai.backend.patches.layer_patcher import LayerPatcher  # pyright: ignore[reportMissingImports]
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-assert invokeai_absent.__name__ in sys.modules
 
 _BASES = {"sd1": BaseModelType.StableDiffusion1, "sdxl": BaseModelType.StableDiffusionXL}
 _ENCODERS = {
