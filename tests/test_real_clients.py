@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lorasmith.trainer.clients.table import Reading
 from lorasmith.trainer.errors import UserError
 from lorasmith.trainer.lorafile import LoraFile
-from tools.clients.asked import CLIENTS, Readings, ask, foresee, slips
+from tools.clients.asked import CLIENTS, DETECTION, Readings, ask, foresee, slips
 from tools.clients.bases import ARCHITECTURE, FamilyName, Subject, make_subject
 from tools.clients.cases import Case, make_cases, published_keys
 from tools.clients.places import NotAtHand, Place, python_of
@@ -146,14 +146,22 @@ def test_a_runner_that_dies_is_no_answer(tmp_path: Path):
     assert "given.safetensors" in (tmp_path / "log.txt").read_text(encoding="utf-8")
 
 
-def test_the_table_of_kinds_must_say_what_is_found():
-    def of(kind: str, found: Reading) -> Verdict:
-        return Verdict("sd1", kind, "kohya", DIFFUSERS.title, found, found, {})
+def of(client: str, kind: str, found: Reading, family: str = "sd1") -> Verdict:
+    return Verdict(family, kind, "kohya", client, found, found, {})
 
-    assert list(slips([of("LoHa", "none"), of("DoRA", "other"), of("DoRA of the UNet", "same")])) == []
-    assert list(slips([of("DoRA", "other")])) == []  # the file that diffusers reads was not tried
-    [said] = slips([of("LoHa", "other"), of("LoRA", "same"), of("LoCon", "same")])
-    assert said == f"the table of kinds says none of loha in {DIFFUSERS.title}, not other"
+
+def test_the_table_of_kinds_must_say_what_is_found():
+    ours, dora = (
+        DIFFUSERS.title,
+        [of(DIFFUSERS.title, "DoRA", "other"), of(DIFFUSERS.title, "DoRA of the UNet", "same")],
+    )
+    assert list(slips([of(ours, "LoHa", "none"), *dora])) == []
+    assert list(slips(dora[:1])) == []  # the file that diffusers reads was not tried
+    [said] = slips([of(ours, "LoHa", "other"), of(ours, "LoRA", "same"), of(ours, "LoCon", "same")])
+    assert said == f"the table of kinds says none of loha in {ours}, and it was other"
+    invokeai = "InvokeAI 6.14.2"
+    assert list(slips([of(invokeai, "LoKr", "same"), of(DETECTION, "LoKr", "none")])) == []
+    assert len(list(slips([of(invokeai, "LoHa", "same"), of(DETECTION, "LoHa", "none")]))) == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)

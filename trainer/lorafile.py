@@ -94,6 +94,11 @@ class LoraFile:
             return "kohya"
         return "diffusers" if known and all(key.endswith(_DIFFUSERS_LEAVES) for key in self.shapes) else None
 
+    @property
+    def is_kohya(self) -> bool:
+        """Whether most of its keys begin as kohya's."""
+        return 2 * sum(key.startswith("lora_") for key in self.shapes) > len(self.shapes)
+
     @cached_property
     def layers(self) -> dict[str, dict[str, str]]:
         """Name of a layer to its tensors, by kohya's leaves, to their keys; keys of unknown kinds are left out."""

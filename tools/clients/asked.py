@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from lorasmith.trainer.anatomy import skeleton
 from lorasmith.trainer.bases import inspect_base
 from lorasmith.trainer.clients.reading import read_by_clients
 from lorasmith.trainer.clients.table import COMPATIBILITY, Client, Reading
+from lorasmith.trainer.delta import Form
 from lorasmith.trainer.errors import UserError
 from lorasmith.trainer.keys import Format
 from lorasmith.trainer.lorafile import LoraFile
@@ -42,12 +44,11 @@ class RealClient:
         return Path(sys.executable) if self.place is None else python_of(self.place, root, say)
 
     def expected(self, kind: str, format: Format, readings: Readings) -> Reading:
-        """What `read_by_clients` says of such a file; InvokeAI is told the base, as the table of kinds has it."""
+        """What `read_by_clients` says of such a file; of InvokeAI as if it found the base, for here it is told."""
         if self.listed_as is None:
             return "same" if format == "kohya" else "none"
-        if self.place is INVOKEAI and format == "kohya":
-            return COMPATIBILITY[KINDS[kind].form][self.listed_as]
-        return readings[kind, format][self.listed_as]
+        reading = readings[kind, format][self.listed_as]
+        return "same" if self.place is INVOKEAI and format == "kohya" and reading == "none" else reading
 
 
 CLIENTS = [
@@ -120,13 +121,28 @@ def ask_detection(
 
 
 def slips(verdicts: Sequence[Verdict]) -> Iterator[str]:
-    """Where the table of kinds says other than the best that was found of a kind in any of its files."""
-    best: list[Reading] = ["same", "other", "none"]
-    for client in CLIENTS:
-        for form, listed in COMPATIBILITY.items():
-            of_form = {kind for kind in KINDS if KINDS[kind].form == form}
-            own = [v for v in verdicts if v.client == client.title and v.kind in of_form]
-            if client.listed_as and of_form and {v.kind for v in own} == of_form:
-                found = min((verdict.found for verdict in own), key=best.index)
-                if found != listed[client.listed_as]:
-                    yield f"the table of kinds says {listed[client.listed_as]} of {form} in {client.title}, not {found}"
+    """Where the table of kinds says of a client what was found of no family, by the best file there is of a kind."""
+    for client, (form, listed) in itertools.product(CLIENTS, COMPATIBILITY.items()):
+        if (
+            client.listed_as
+            and (found := _readings_of(client, form, verdicts))
+            and listed[client.listed_as] not in found
+        ):
+            told = f"says {listed[client.listed_as]} of {form} in {client.title}"
+            yield f"the table of kinds {told}, and it was {' or '.join(sorted(found))}"
+
+
+def _readings_of(client: RealClient, form: Form, verdicts: Sequence[Verdict]) -> set[Reading]:
+    """The best reading of each family, if all kinds of the form were tried; a base that is not found is none."""
+    kinds = {kind for kind in KINDS if KINDS[kind].form == form}
+    own = [verdict for verdict in verdicts if verdict.client == client.title and verdict.kind in kinds]
+    if {verdict.kind for verdict in own} != kinds:
+        return set()
+    not_offered = {v.file for v in verdicts if v.client == DETECTION and v.found != "same"}
+    order: list[Reading] = ["same", "other", "none"]
+    best: dict[str, Reading] = {}
+    for verdict in own:
+        lost = client.place is INVOKEAI and verdict.file in not_offered
+        found: Reading = "none" if lost else verdict.found
+        best[verdict.family] = min(best.get(verdict.family, "none"), found, key=order.index)
+    return set(best.values())

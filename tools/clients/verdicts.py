@@ -38,6 +38,11 @@ class Verdict:
     """With what it refused."""
 
     @property
+    def file(self) -> tuple[str, str, Format]:
+        """What tells it from other files."""
+        return self.family, self.kind, self.format
+
+    @property
     def is_as_expected(self) -> bool:
         return self.found == self.expected
 
@@ -100,9 +105,9 @@ def reading_of(
 def table(verdicts: Sequence[Verdict]) -> str:
     """Markdown: a row for each file, a column for each client; what is not as expected is bold."""
     clients = list(dict.fromkeys(verdict.client for verdict in verdicts))
-    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    rows: dict[tuple[str, str, Format], dict[str, str]] = {}
     for verdict in verdicts:
-        rows.setdefault((verdict.family, verdict.kind, verdict.format), {})[verdict.client] = verdict.cell
+        rows.setdefault(verdict.file, {})[verdict.client] = verdict.cell
     lines = [f"| {' | '.join(['family', 'kind', 'format', *clients])} |", f"|{' --- |' * (3 + len(clients))}"]
     lines += [
         f"| {' | '.join([*name, *(cells.get(client, '') for client in clients)])} |" for name, cells in rows.items()

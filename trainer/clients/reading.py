@@ -54,12 +54,14 @@ class ClientReading:
 
 
 def read_by_clients(file: LoraFile, base: Base) -> list[ClientReading]:
-    """What every client makes of a file on this base, of which shapes are enough; PEFT's own loader comes last.
+    """What every client makes of a file on this base, of which shapes are enough. PEFT's own loader comes last; it is
+    not asked of kohya's names, which it never reads.
 
     The base's family is the one that a person would use the file with; no tensor but alphas is read.
     """
     contents, tree = Contents.of(file), Tree.of(base)
-    return [_reading(client, read(contents, tree), contents) for client, read in _READERS.items()]
+    asked = [client for client in _READERS if client != "PEFT" or not file.is_kohya]
+    return [_reading(client, _READERS[client](contents, tree), contents) for client in asked]
 
 
 def _reading(client: str, taken: Taken, contents: Contents) -> ClientReading:

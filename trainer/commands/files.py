@@ -112,7 +112,10 @@ def merge(
     block: BlockStrengths = None,
     format_: LoraFormat = "kohya",
     base: BaseOfFile = "",
-    precision: FilePrecision = "fp16",
+    precision: Annotated[
+        Literal["fp16", "bf16", "fp32"] | None,
+        typer.Option(help="Precision; fp16 of a LoRA, that of BASE with --into, if not given."),
+    ] = None,
 ) -> None:
     """Make one LoRA of several, or bake the strengths of one file into it; with --into, a whole model. Nothing is lost
     without --rank or --energy, and the ranks add up."""
@@ -139,7 +142,7 @@ def merge(
 
         require_file_name(out, "--out")
         with progress_of("merging layers") as progress:
-            made = merge_loras(sources, out, rank or 0, energy or 0.0, format_, base, precision, progress)
+            made = merge_loras(sources, out, rank or 0, energy or 0.0, format_, base, precision or "fp16", progress)
         print_lost(made.lost)
     typer.echo(out)
 
