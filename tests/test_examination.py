@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from lorasmith.trainer.adapter import deltas
 from lorasmith.trainer.bases import inspect_base
 from lorasmith.trainer.config import AdapterSection
+from lorasmith.trainer.diagnosis.examination import Examination, examine_file, report, verdict
 from lorasmith.trainer.errors import BaseModelError, UserError
-from lorasmith.trainer.examination import Examination, examine_file, report, verdict
 from lorasmith.trainer.export import write
 from lorasmith.trainer.fitting import put_on
 from lorasmith.trainer.lorafile import LoraFile

@@ -31,11 +31,11 @@ from lorasmith.trainer.cli import app
 from lorasmith.trainer.clients.table import FORM_OF, unread_by
 from lorasmith.trainer.config import AdapterSection, RunConfig
 from lorasmith.trainer.delta import lora
+from lorasmith.trainer.diagnosis.inspection import inspect
 from lorasmith.trainer.errors import ExportError, UserError
 from lorasmith.trainer.export import castable, export, save, tensors, write
 from lorasmith.trainer.fitting import put_on
 from lorasmith.trainer.full import trained_weights
-from lorasmith.trainer.inspection import inspect
 from lorasmith.trainer.jobs import RunFolder, create_run
 from lorasmith.trainer.keys import Format, diffusers_name, grammar, kohya_name
 from lorasmith.trainer.loop import Trainer

@@ -21,6 +21,7 @@ from lorasmith.trainer.anatomy import skeleton
 from lorasmith.trainer.bases import FamilyName, inspect_base
 from lorasmith.trainer.config import AdapterSection
 from lorasmith.trainer.delta import Delta
+from lorasmith.trainer.diagnosis.inspection import inspect
 from lorasmith.trainer.errors import ConfigError, ExportError, UserError
 from lorasmith.trainer.export import Precision, write
 from lorasmith.trainer.facts import Facts
@@ -31,7 +32,6 @@ from lorasmith.trainer.filetools.resizing import resize
 from lorasmith.trainer.filetools.writing import ALPHAS
 from lorasmith.trainer.fitting import put_on
 from lorasmith.trainer.full import trained_weights
-from lorasmith.trainer.inspection import inspect
 from lorasmith.trainer.keys import Format, grammar, kohya_name
 from lorasmith.trainer.lorafile import LoraFile
 from lorasmith.trainer.loraread import read_lora

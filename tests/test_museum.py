@@ -21,9 +21,9 @@ from torch import Tensor
 
 from lorasmith.trainer.anatomy import skeleton
 from lorasmith.trainer.bases import FamilyName, inspect_base
-from lorasmith.trainer.diagnosis import Finding, findings
+from lorasmith.trainer.diagnosis.findings import Finding, findings
+from lorasmith.trainer.diagnosis.inspection import inspect
 from lorasmith.trainer.errors import UserError
-from lorasmith.trainer.inspection import inspect
 from lorasmith.trainer.lorafile import LoraFile
 from lorasmith.trainer.models import Base
 

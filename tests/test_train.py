@@ -21,10 +21,10 @@ from lorasmith.trainer.bases import inspect_base
 from lorasmith.trainer.checkpoint import load_checkpoint
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.configfile import to_toml
+from lorasmith.trainer.diagnosis.inspection import inspect
 from lorasmith.trainer.errors import BaseModelError, RunError, TrainingError, UserError
 from lorasmith.trainer.events import Event, EventLog, PlanMade, Step, read_events
 from lorasmith.trainer.fitting import put_on
-from lorasmith.trainer.inspection import inspect
 from lorasmith.trainer.jobs import RunFolder, create_run
 from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.models import load_base

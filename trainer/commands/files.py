@@ -36,7 +36,7 @@ BROKEN = 3
 def verify(file: LoraPath, base: BaseOfFile = "", as_json: Json = False) -> None:
     """Say what is wrong with a LoRA file, what each client makes of it, and what it does to its base. Exit code 3 if it
     does not work."""
-    from ..examination import examine_file, report
+    from ..diagnosis.examination import examine_file, report
 
     with progress_of("examining") as progress:
         examination = examine_file(file, base, progress)
@@ -53,8 +53,8 @@ def inspect(file: LoraPath, as_json: Json = False) -> None:
     """Say what is in a LoRA file; no model is loaded."""
     import json
 
-    from ..finding import Finding
-    from ..inspection import inspect as inspect_file
+    from ..diagnosis.finding import Finding
+    from ..diagnosis.inspection import inspect as inspect_file
 
     facts = inspect_file(file)
     if as_json:

@@ -19,22 +19,19 @@ from typing import Any
 import psutil
 import torch
 
-from ..datasets.workers import Progress
-from .adapter import strength
-from .anatomy import skeleton
-from .architectures import FAMILY_TITLES, PUBLISHED
-from .bases import inspect_base
-from .clients.reading import ClientReading, read_by_clients
-from .delta import Changes, Delta
-from .diagnosis import SEVERITIES, findings
-from .errors import UserError, first_line
-from .finding import Finding
-from .inspection import components
-from .lorafile import LoraFile, guess_family
-from .loraread import merged, read_lora
-from .models import Base, load_base
-from .tensorfile import DTYPE_NAMES
-from .verify import (
+from ...datasets.workers import Progress
+from ..adapter import strength
+from ..anatomy import skeleton
+from ..architectures import FAMILY_TITLES, PUBLISHED
+from ..bases import inspect_base
+from ..clients.reading import ClientReading, read_by_clients
+from ..delta import Changes, Delta
+from ..errors import UserError, first_line
+from ..lorafile import LoraFile, guess_family
+from ..loraread import merged, read_lora
+from ..models import Base, load_base
+from ..tensorfile import DTYPE_NAMES
+from ..verify import (
     EFFECT_TOLERANCE,
     MOST,
     REFUSALS,
@@ -46,6 +43,9 @@ from .verify import (
     plain_difference,
     plain_size,
 )
+from .finding import Finding
+from .findings import SEVERITIES, findings
+from .inspection import components
 
 _ROUNDING = {"F16": 2.0**-11, "BF16": 2.0**-9, "F8_E4M3": 2.0**-4, "F8_E5M2": 2.0**-3}
 """What storing a number in a type changes in it at most, as a share; of types that keep more, nothing is said."""

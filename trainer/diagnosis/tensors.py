@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..keys import ALPHA
+from ..lorafile import FP8
 from .finding import Case, Finding, Layer, Severity, found
-from .keys import ALPHA
-from .lorafile import FP8
-from .namechecks import is_known
+from .names import is_known
 
 _AGAIN = "Save it again from the run that made it."
 _LARGEST_FP16 = 65504.0

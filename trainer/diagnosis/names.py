@@ -10,8 +10,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from .architectures import FAMILY_TITLES
-from .clients.table import Reading, read_by
+from ..architectures import FAMILY_TITLES
+from ..clients.table import Reading, read_by
 from .finding import Case, Finding, Layer, Severity, found
 
 CONVERT = "Write it anew with lorasmith convert, which names every layer as all clients do."

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from .bases import FamilyName
-from .delta import Delta, Form
-from .keys import ALPHA, component_of
-from .lorafile import LoraFile, form_of, guess_family, rank_of
-from .loraread import COMPLETE, places
-from .tensorheader import shown
+from ..bases import FamilyName
+from ..delta import Delta, Form
+from ..keys import ALPHA, component_of
+from ..lorafile import LoraFile, form_of, guess_family, rank_of
+from ..loraread import COMPLETE, places
+from ..tensorheader import shown
 
 if TYPE_CHECKING:
-    from .models import Base
+    from ..models import Base
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")

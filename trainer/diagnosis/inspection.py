@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .diagnosis import findings
-from .keys import ALPHA, component_of
-from .lorafile import LoraFile, form_of, guess_family, rank_of
+from ..keys import ALPHA, component_of
+from ..lorafile import LoraFile, form_of, guess_family, rank_of
+from .findings import findings
 
 
 def inspect(path: Path) -> dict[str, Any]:

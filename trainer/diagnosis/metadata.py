@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
-from .architectures import FAMILY_TITLES
+from ..architectures import FAMILY_TITLES
+from ..lorafile import family_said
+from ..tensorheader import shown
 from .finding import Case, Finding, found
-from .lorafile import family_said
-from .tensorheader import shown
 
 _ANEW = "Write it anew with lorasmith convert."
 _LARGE = 1_000_000  # characters; a thumbnail takes about 20,000

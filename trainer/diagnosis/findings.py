@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..lorafile import LoraFile
 from .finding import SEVERITIES, Case, Finding, Severity
-from .lorafile import LoraFile
-from .metadatachecks import metadata_findings
-from .namechecks import name_findings
-from .tensorchecks import tensor_findings
+from .metadata import metadata_findings
+from .names import name_findings
+from .tensors import tensor_findings
 
 if TYPE_CHECKING:
-    from .models import Base
+    from ..models import Base
 
 __all__ = ["SEVERITIES", "Finding", "Severity", "findings"]
 
