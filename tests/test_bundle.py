@@ -18,7 +18,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lorasmith.trainer.bases import inspect_base
-from lorasmith.trainer.bundle import bundle
 from lorasmith.trainer.configfile import merge, validate
 from lorasmith.trainer.errors import UserError
 from lorasmith.trainer.events import EventLog
@@ -30,6 +29,7 @@ from lorasmith.trainer.loraread import read_lora
 from lorasmith.trainer.models import load_base
 from lorasmith.trainer.plan import make_plan
 from lorasmith.trainer.release import Trained, facts_of, release, suffix_of
+from lorasmith.trainer.sharing.bundle import bundle
 from lorasmith.trainer.strengths import Strengths
 from lorasmith.trainer.verify import live_changes
 

@@ -21,8 +21,8 @@ from lorasmith.trainer.errors import BaseModelError, UserError
 from lorasmith.trainer.export import write
 from lorasmith.trainer.fitting import put_on
 from lorasmith.trainer.lorafile import LoraFile
-from lorasmith.trainer.metadata import Facts
 from lorasmith.trainer.models import Base, load_base
+from lorasmith.trainer.sharing.metadata import Facts
 
 from .tiny import MAKERS
 

@@ -41,12 +41,12 @@ from lorasmith.trainer.keys import Format, diffusers_name, grammar, kohya_name
 from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.lorafile import LoraFile
 from lorasmith.trainer.loraread import merge, read_lora
-from lorasmith.trainer.metadata import Facts
 from lorasmith.trainer.models import FAMILIES, Base, load_base
 from lorasmith.trainer.pivotal import token_embeddings
 from lorasmith.trainer.plan import make_plan
 from lorasmith.trainer.release import formats_of, write_embedding
 from lorasmith.trainer.run import load_run
+from lorasmith.trainer.sharing.metadata import Facts
 from lorasmith.trainer.verify import EFFECT_TOLERANCE, WEIGHT_TOLERANCE, live_changes, verify, verify_tensors
 
 from .tiny import MAKERS

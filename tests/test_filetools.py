@@ -24,7 +24,6 @@ from lorasmith.trainer.delta import Delta
 from lorasmith.trainer.diagnosis.inspection import inspect
 from lorasmith.trainer.errors import ConfigError, ExportError, UserError
 from lorasmith.trainer.export import Precision, write
-from lorasmith.trainer.facts import Facts
 from lorasmith.trainer.filetools import sources, writing
 from lorasmith.trainer.filetools.convert import convert_lora
 from lorasmith.trainer.filetools.merging import merge_loras
@@ -36,6 +35,7 @@ from lorasmith.trainer.keys import Format, grammar, kohya_name
 from lorasmith.trainer.lorafile import LoraFile
 from lorasmith.trainer.loraread import read_lora
 from lorasmith.trainer.models import Base, load_base
+from lorasmith.trainer.sharing.facts import Facts
 from lorasmith.trainer.strengths import Strengths
 
 from .test_loraread import WITHOUT_ALPHAS, is_attention, some_changes, with_alphas, written

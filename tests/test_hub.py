@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from lorasmith.trainer.bundle import write_zip
 from lorasmith.trainer.errors import UserError
-from lorasmith.trainer.hub import publish
+from lorasmith.trainer.sharing.bundle import write_zip
+from lorasmith.trainer.sharing.hub import publish
 
 TOKEN = "hf_SeCrEtSeCrEtSeCrEt"
 COMMIT = "c0ffee" + "0" * 34
@@ -325,7 +325,7 @@ logging.basicConfig(level=logging.DEBUG)
 from huggingface_hub.utils import logging as hub_logging
 hub_logging.set_verbosity_debug()
 from lorasmith.trainer.errors import UserError
-from lorasmith.trainer.hub import publish
+from lorasmith.trainer.sharing.hub import publish
 try:
     print(publish(Path(sys.argv[1]), "owner/style", private=True).url)
 except UserError as error:

@@ -20,7 +20,6 @@ from lorasmith.trainer.configfile import merge as merge_settings
 from lorasmith.trainer.configfile import validate
 from lorasmith.trainer.errors import ConfigError, ExportError, RunError, UserError
 from lorasmith.trainer.export import export, trained_changes
-from lorasmith.trainer.facts import Facts
 from lorasmith.trainer.fitting import put_on
 from lorasmith.trainer.full import trained_weights
 from lorasmith.trainer.interpolation import scaled
@@ -31,6 +30,7 @@ from lorasmith.trainer.models import Base, load_base
 from lorasmith.trainer.pivotal import token_embeddings
 from lorasmith.trainer.release import release
 from lorasmith.trainer.run import export_run, load_run
+from lorasmith.trainer.sharing.facts import Facts
 from lorasmith.trainer.soups import interpolate_run
 from lorasmith.trainer.strengths import Strengths
 

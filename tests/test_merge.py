@@ -15,10 +15,10 @@ from lorasmith.trainer.errors import UserError
 from lorasmith.trainer.export import export
 from lorasmith.trainer.fitting import put_on
 from lorasmith.trainer.full import trained_weights
-from lorasmith.trainer.metadata import Facts
 from lorasmith.trainer.models import Base, load_base
 from lorasmith.trainer.plan import make_plan
 from lorasmith.trainer.run import load_run, train
+from lorasmith.trainer.sharing.metadata import Facts
 
 from . import tiny
 

@@ -15,17 +15,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lorasmith.trainer.bases import BaseInfo, FamilyName
-from lorasmith.trainer.card import model_card, sidecar_of, write_beside
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.configfile import merge, validate
-from lorasmith.trainer.facts import BakedFacts, Facts, FolderFacts, Preview, last_part
-from lorasmith.trainer.licenses import license_note, license_of
 from lorasmith.trainer.lorafile import LoraFile
-from lorasmith.trainer.metadata import Shape, build
 from lorasmith.trainer.sample import Drawing
+from lorasmith.trainer.sharing.card import model_card, sidecar_of, write_beside
+from lorasmith.trainer.sharing.facts import BakedFacts, Facts, FolderFacts, Preview, last_part
+from lorasmith.trainer.sharing.licenses import license_note, license_of
+from lorasmith.trainer.sharing.metadata import Shape, build
+from lorasmith.trainer.sharing.usage import usage_hint
 from lorasmith.trainer.strengths import Strengths
 from lorasmith.trainer.tensorfile import tensor_writer
-from lorasmith.trainer.usage import usage_hint
 
 SD1 = BaseInfo("runwayml/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5", "sd1", "epsilon", 512, 8, 64)
 BASES: dict[FamilyName, BaseInfo] = {

@@ -8,8 +8,8 @@ import torch
 
 from ..datasets.workers import Progress
 from .delta import Baked, Changes, Delta, baked
-from .metadata import BakedFacts
 from .models import Base
+from .sharing.metadata import BakedFacts
 from .verify import Layer
 
 

@@ -29,12 +29,12 @@ from .bases import BaseInfo, hub_answers
 from .delta import Changes, Delta
 from .errors import BaseModelError, ExportError, UserError, first_line
 from .export import DTYPES, Precision
-from .facts import last_part
 from .ldm import from_ldm, ldm_parts, ldm_tensor, text_name, vae_from_file, with_text_model
 from .lorafile import LoraFile
 from .loraread import read_lora
 from .models import Base, clip_tokenizer, load_base
 from .paths import path_of
+from .sharing.facts import last_part
 from .singlefile import read_single_file, read_vae_file
 from .strengths import Strengths
 from .tensorfile import TensorWriter, tensor_writer

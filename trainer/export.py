@@ -26,8 +26,8 @@ from .delta import Changes, Delta, refactored
 from .errors import ExportError, Problem
 from .keys import ALPHA, Format, base_name, component_of, leaf_of
 from .lorafile import Hashes, LoraFile
-from .metadata import Facts, Shape, build
 from .models import Base
+from .sharing.metadata import Facts, Shape, build
 from .tensorfile import Header, tensor_writer
 from .verify import (
     WEIGHT_TOLERANCE,

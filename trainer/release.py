@@ -23,26 +23,26 @@ from .adapter import reads_tokens, strength
 from .anatomy import skeleton
 from .baking import bake
 from .bases import BaseInfo, FamilyName
-from .bundle import bundle as write_bundle
-from .card import embedding_folder, write_beside
 from .clients.reading import read_by_clients
 from .config import RunConfig
 from .delta import Changes
 from .errors import ExportError
 from .events import PlanMade, Step, history
 from .export import Exported, Precision, export, trained_changes
-from .facts import AS_TRAINED, Facts, FolderFacts, Preview, base_name, last_part
 from .files import atomic_file, write_text
 from .formats import Format, formats_of
 from .interpolation import scaled
 from .jobs import VERIFIED, RunFolder
 from .lorafile import LoraFile
 from .models import Base, load_base
-from .pictures import png, preview_text
 from .pivotal import token_embeddings
 from .sample import Drawing, before_after_grid, drawn_like
+from .sharing.bundle import bundle as write_bundle
+from .sharing.card import embedding_folder, write_beside
+from .sharing.facts import AS_TRAINED, Facts, FolderFacts, Preview, base_name, last_part
+from .sharing.pictures import png, preview_text
+from .sharing.usage import embedding_file, is_whole_model
 from .strengths import Strengths
-from .usage import embedding_file, is_whole_model
 from .wholemodel import save_checkpoint_file, save_model_folder
 
 

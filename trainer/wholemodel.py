@@ -25,8 +25,8 @@ from .errors import ExportError, UserError
 from .export import DTYPES, Precision
 from .files import atomic_file, atomic_folder
 from .ldm import from_ldm, to_ldm, with_text_model
-from .metadata import architecture_of
 from .models import FAMILIES, Base, clip_tokenizer, load_base
+from .sharing.metadata import architecture_of
 from .singlefile import COMPONENTS, SingleFile, read_single_file
 
 Weights = dict[str, dict[str, Tensor]]

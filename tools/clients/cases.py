@@ -21,8 +21,8 @@ from lorasmith.trainer.export import tensors, write
 from lorasmith.trainer.fitting import put_on
 from lorasmith.trainer.full import trained_weights
 from lorasmith.trainer.keys import Format
-from lorasmith.trainer.metadata import Facts
 from lorasmith.trainer.models import Base, load_base
+from lorasmith.trainer.sharing.metadata import Facts
 
 from .bases import ARCHITECTURE, FamilyName, Subject
 from .runners.asking import answers

@@ -19,8 +19,8 @@ from lorasmith.trainer.errors import UserError
 from lorasmith.trainer.export import write
 from lorasmith.trainer.keys import Format
 from lorasmith.trainer.loraread import merged
-from lorasmith.trainer.metadata import Facts
 from lorasmith.trainer.models import load_base
+from lorasmith.trainer.sharing.metadata import Facts
 from lorasmith.trainer.verify import live_changes
 from lorasmith.trainer.wholemodel import save_checkpoint_file
 

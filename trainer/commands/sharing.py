@@ -153,7 +153,7 @@ def publish(
     overwrite: Annotated[bool, typer.Option(help="Also where the repository holds something else.")] = False,
 ) -> None:
     """Upload a bundle to the Hugging Face Hub, with the token of `hf auth login` or HF_TOKEN."""
-    from ..hub import publish as upload
+    from ..sharing.hub import publish as upload
 
     published = upload(source, repo, private, overwrite=overwrite)
     typer.echo(published.url)

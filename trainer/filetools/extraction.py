@@ -23,11 +23,11 @@ from ..baseweights import BaseWeights, open_alike, refuse_target, write_verified
 from ..delta import Delta, baked, lora
 from ..errors import ExportError, UserError
 from ..export import DTYPES, Precision, castable, tensors
-from ..facts import Facts, last_part
 from ..keys import Format, base_name
-from ..metadata import Shape, as_text, build
 from ..models import Base
 from ..paths import path_of
+from ..sharing.facts import Facts, last_part
+from ..sharing.metadata import Shape, as_text, build
 from ..tensorfile import TensorWriter, tensor_writer
 
 _OVERSAMPLED = 16  # more parts than are kept, so that those are exact

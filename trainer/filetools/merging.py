@@ -13,9 +13,9 @@ from ..baking import Losses
 from ..delta import Delta, baked_sum, joined
 from ..errors import UserError
 from ..export import Precision
-from ..facts import BakedFacts, Facts, FolderFacts, last_part, unique
 from ..keys import Format
-from ..metadata import Shape, as_text, baking, hashes, modelspec, network, training
+from ..sharing.facts import BakedFacts, Facts, FolderFacts, last_part, unique
+from ..sharing.metadata import Shape, as_text, baking, hashes, modelspec, network, training
 from ..strengths import AS_TRAINED, Strengths
 from ..tensorfile import TensorWriter
 from .resizing import alpha_for, require_goal

@@ -13,8 +13,8 @@ from ..baking import Losses
 from ..delta import Delta, baked
 from ..errors import UserError
 from ..export import Precision
-from ..facts import BakedFacts
 from ..keys import Format
+from ..sharing.facts import BakedFacts
 from ..tensorfile import TensorWriter
 from .sources import Sources, layers, read_sources
 from .writing import Written, header_of, lora_writer, require_names

@@ -22,11 +22,11 @@ from ..bases import BaseInfo, FamilyName
 from ..delta import Changes, Delta, Form, joined
 from ..errors import ExportError, Problem, UserError
 from ..export import DTYPES, Precision, cast, common_alpha, layer_tensors
-from ..facts import BakedFacts
 from ..keys import Format, base_name, grammar
 from ..lorafile import Hashes, LoraFile
-from ..metadata import Shape, rewritten
 from ..models import Base
+from ..sharing.facts import BakedFacts
+from ..sharing.metadata import Shape, rewritten
 from ..tensorfile import TensorWriter, tensor_writer
 from ..verify import NEGLIGIBLE, WEIGHT_TOLERANCE, is_still, plain_difference, plain_size
 from .sources import layers

@@ -12,14 +12,14 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from .bases import BaseInfo
+from ..bases import BaseInfo
+from ..config import RunConfig
+from ..configfile import to_toml
+from ..files import atomic_file, sha256_of
+from ..lorafile import LoraFile
 from .card import model_card, prompt_of
-from .config import RunConfig
-from .configfile import to_toml
 from .facts import HUB_ID, Facts, base_name, last_part
-from .files import atomic_file, sha256_of
 from .licenses import license_note
-from .lorafile import LoraFile
 from .pictures import png, preview_text
 from .usage import is_whole_model
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from .bases import BaseInfo, FamilyName
+from ..bases import BaseInfo, FamilyName
 from .facts import Facts, last_part
 
 SAMPLER = "DDIM"

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import Problem, UserError, first_line
+from ..files import sha256_of
 from .bundle import CARD, CHECKSUMS
-from .errors import Problem, UserError, first_line
 from .facts import HUB_ID
-from .files import sha256_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

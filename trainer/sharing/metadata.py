@@ -17,18 +17,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
-from .bases import BaseInfo, FamilyName
-from .config import RunConfig
+from .. import __version__
+from ..bases import BaseInfo, FamilyName
+from ..config import RunConfig
+from ..files import sha256_of
 from .facts import AS_TRAINED, BakedFacts, Facts, base_name, last_part, unique
-from .files import sha256_of
 from .licenses import license_of
 from .pictures import data_uri
 from .usage import ENCODER_LAYER, recipe_of, usage_hint
 
 if TYPE_CHECKING:
-    from .delta import Form
-    from .tensorfile import TensorWriter
+    from ..delta import Form
+    from ..tensorfile import TensorWriter
 
 _ARCHITECTURES: dict[FamilyName, str] = {
     "sd1": "stable-diffusion-v1",

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ..datasets.captions import tags
-from .bases import BaseInfo
-from .config import ExportSection, RunConfig
-from .strengths import AS_TRAINED, Strengths
+from ...datasets.captions import tags
+from ..bases import BaseInfo
+from ..config import ExportSection, RunConfig
+from ..strengths import AS_TRAINED, Strengths
 
 if TYPE_CHECKING:
-    from .sample import Drawing
+    from ..sample import Drawing
 
 _LONGEST_TAG, _MOST_WORDS = 40, 4
 """Characters, and words, of what counts as a tag; what is longer is a sentence."""

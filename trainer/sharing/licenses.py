@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .bases import FAMILY_TITLES, BaseInfo, FamilyName
+from ..bases import FAMILY_TITLES, BaseInfo, FamilyName
 from .facts import Facts
 
 

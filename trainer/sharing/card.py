@@ -8,18 +8,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bases import FAMILY_TITLES, BaseInfo, FamilyName
-from .clients.table import FORM_OF, read_by
+from ..bases import FAMILY_TITLES, BaseInfo, FamilyName
+from ..clients.table import FORM_OF, read_by
+from ..files import atomic_file, write_text
+from ..idle import LOW_RANK
 from .facts import AS_TRAINED, Facts, base_name, hub_id
-from .files import atomic_file, write_text
-from .idle import LOW_RANK
 from .licenses import license_of, license_of_base
 from .metadata import iso_date
 from .pictures import png, preview_text
 from .usage import embedding_file, hints, is_whole_model, recipe_of, recipe_sentence, usage_hint
 
 if TYPE_CHECKING:
-    from .delta import Form
+    from ..delta import Form
 
 _SIDECAR_VERSIONS: dict[FamilyName, str] = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
 NO_PROMPT = "-"
