@@ -98,6 +98,7 @@ INSIDE = [
     "images/01.png",
     "short-diffusers.safetensors",
     "short-grid.png",
+    "short-verified.json",
     "short.json",
     "short.png",
     "short.safetensors",
@@ -106,7 +107,7 @@ INSIDE = [
 
 def test_a_bundle_is_all_that_is_released_and_the_same_each_time(trained: Trained, tmp_path: Path):
     files = release(saying(trained, license="cc-by-4.0"), "short", tmp_path, bundle=True)
-    beside = [".safetensors", "-diffusers.safetensors", ".md", ".json", ".png", "-grid.png", ".zip"]
+    beside = [".safetensors", "-diffusers.safetensors", ".md", ".json", ".png", "-verified.json", "-grid.png", ".zip"]
     assert [file.name for file in files] == [f"short{ending}" for ending in beside]
     assert {file.name for file in tmp_path.iterdir()} == {file.name for file in files}
 

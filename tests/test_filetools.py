@@ -493,8 +493,12 @@ def test_a_merge_is_the_sum_of_all_changes(
     assert (made.ranks, made.lost) == ((2, 5), {})
     assert seen == [(number, len(expected)) for number in range(1, len(expected) + 1)]
 
-    for tolerance, how in ((2e-3, {"precision": "fp16"}), (1e-6, {"rank": 5, "precision": "fp32"}),
-                           (1e-6, {"energy": 1.0, "precision": "fp32"})):  # fmt: skip
+    ways: list[tuple[float, dict[str, Any]]] = [
+        (2e-3, {"precision": "fp16"}),
+        (1e-6, {"rank": 5, "precision": "fp32"}),
+        (1e-6, {"energy": 1.0, "precision": "fp32"}),
+    ]
+    for tolerance, how in ways:
         made = merge_loras(sources, target, format=format, base=str(folders[family]), **how)
         require_readable(target, family)
         require_same(read(target, base), expected, base, tolerance)

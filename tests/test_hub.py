@@ -219,7 +219,7 @@ def test_a_repository_of_something_else_is_left_alone(hub: FakeHub, bundle: Path
     hub.repos["owner/style"] = {"README.md": b"mine", "other.safetensors": b"other"}
     said = refusal(bundle, "owner/style", token=TOKEN)
     assert "exists and holds something else (other.safetensors)" in said
-    assert "--force" in said
+    assert "--overwrite" in said
     assert hub.repos["owner/style"] == {"README.md": b"mine", "other.safetensors": b"other"}
     publish(bundle, "owner/style", token=TOKEN, overwrite=True)
     assert hub.repos["owner/style"]["other.safetensors"] == b"other"

@@ -418,7 +418,9 @@ def test_the_mean_of_new_tokens_is_that_of_their_vectors(make: Make):
     ],
 )
 def test_what_has_no_mean_is_refused(arguments: dict[str, Any], message: str, runs: dict[str, Path]):
-    places = {key: runs[arguments.get(key, "itself")] for key in ("path", "other") if key == "path" or key in arguments}
+    places: dict[str, Any] = {
+        key: runs[arguments.get(key, "itself")] for key in ("path", "other") if key == "path" or key in arguments
+    }
     with pytest.raises(UserError, match=message):
         interpolate_run(**(arguments | places))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,16 @@ def skeleton(info: BaseInfo) -> Base:
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         what = f"a configuration of {info.model} makes no model: {first_line(error)}"
         raise BaseModelError(what, "base.model", "Save or download it again.") from error
-    tokenizer = CLIPTokenizer.from_pretrained(POCKET / "tokenizer")
-    base = Base(info, [tokenizer] * len(text), text, vae=None, unet=unet, scheduler=DDIMScheduler())
+    base = Base(info, [_tokenizer()] * len(text), text, vae=None, unet=unet, scheduler=DDIMScheduler())
     for module in base.components.values():
         module.requires_grad_(False).eval()
     return base
+
+
+@cache
+def _tokenizer() -> CLIPTokenizer:
+    """CLIP's own, for all skeletons: reading it takes longer than all else."""
+    return CLIPTokenizer.from_pretrained(POCKET / "tokenizer")
 
 
 def _configs(info: BaseInfo) -> dict[str, Any]:

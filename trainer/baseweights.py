@@ -32,7 +32,7 @@ from .export import DTYPES, Precision
 from .ldm import from_ldm, ldm_parts, ldm_tensor, text_name, vae_from_file, with_text_model
 from .lorafile import LoraFile
 from .loraread import read_lora
-from .models import Base, clip_tokenizer, load_base
+from .models import Base, clip_tokenizer, load_base, noise_schedule
 from .paths import path_of
 from .sharing.facts import last_part
 from .singlefile import read_single_file, read_vae_file
@@ -237,11 +237,7 @@ def _readable(info: BaseInfo) -> Iterator[None]:
 
 def _outline(info: BaseInfo, scheduler: Mapping[str, Any], vae: Mapping[str, Any]) -> Base:
     """The base as `load_base` gives it, with shapes for weights."""
-    settings: dict[str, Any] = {"prediction_type": info.prediction, "clip_sample": False, "thresholding": False}
-    settings |= {"rescale_betas_zero_snr": info.zero_terminal_snr, "set_alpha_to_one": False}
-    settings |= {"timestep_spacing": "trailing"} if info.zero_terminal_snr else {}
-    schedule: Any = DDIMScheduler.from_config(dict(scheduler), **settings)
-    base = dataclasses.replace(skeleton(info), scheduler=schedule)
+    base = dataclasses.replace(skeleton(info), scheduler=noise_schedule(info, scheduler))
     return _with_vae(base, vae, f"base.model: {info.model}, vae")
 
 

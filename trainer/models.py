@@ -276,6 +276,14 @@ def fingerprint(module: nn.Module) -> str:
 # loading
 
 
+def noise_schedule(info: BaseInfo, config: Mapping[str, Any]) -> DDIMScheduler:
+    """Whatever sampler the base came with: its noise schedule, and DDIM's own way of using it."""
+    settings: dict[str, Any] = {"prediction_type": info.prediction, "clip_sample": False, "thresholding": False}
+    settings |= {"rescale_betas_zero_snr": info.zero_terminal_snr, "set_alpha_to_one": False}
+    settings |= {"timestep_spacing": "trailing"} if info.zero_terminal_snr else {}
+    return cast(DDIMScheduler, DDIMScheduler.from_config(dict(config), **settings))
+
+
 def load_base(
     info: BaseInfo,
     dtype: torch.dtype = torch.float32,
@@ -301,19 +309,13 @@ def load_base(
     if info.vae:
         parts["vae"] = _other_vae(info)
     names = FAMILIES[info.family].text_encoder_classes
-    # Whatever sampler the base came with: its noise schedule, and DDIM's own way of using it.
-    settings: dict[str, Any] = {"prediction_type": info.prediction, "clip_sample": False, "thresholding": False}
-    settings["rescale_betas_zero_snr"] = info.zero_terminal_snr
-    if info.zero_terminal_snr:
-        settings["timestep_spacing"] = "trailing"
-    scheduler = DDIMScheduler.from_config(parts["scheduler"], set_alpha_to_one=False, **settings)
     base = Base(
         info=info,
         tokenizers=[parts[name.replace("text_encoder", "tokenizer")] for name in names],
         text_encoders={name: parts[name] for name in names},
         vae=parts["vae"],
         unet=parts["unet"],
-        scheduler=cast(DDIMScheduler, scheduler),
+        scheduler=noise_schedule(info, parts["scheduler"]),
     )
     for module in base.components.values():
         module.requires_grad_(False).eval().to(device=device, dtype=dtype)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -73,9 +73,10 @@ class TensorWriter:
         if key in self._parts or tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{key} of {tensor.dtype} cannot be added")
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        content = flat.view(torch.uint8).numpy() if flat.numel() else b""
         start = self._spool.seek(0, 2)
-        self._spool.write(memoryview(content))
+        if flat.numel():
+            content: Any = flat.view(torch.uint8).numpy()
+            self._spool.write(content)
         self._parts[key] = _Part(tensor.dtype, tuple(tensor.shape), start, flat.numel() * flat.element_size())
 
     @property

@@ -30,7 +30,7 @@ from .adapter import ADAPTER, base_weight, deltas, strength
 from .architectures import ARCHITECTURES, PUBLISHED
 from .clients.reading import read_by_clients
 from .clients.table import COMPATIBILITY, Client
-from .delta import Changes, Delta, product_norm
+from .delta import Changes, Delta, Form, product_norm
 from .errors import ExportError, Problem, UserError, first_line
 from .keys import ALPHA, Format, base_name, component_of, grammar, leaf_of
 from .lorafile import LoraFile
@@ -244,7 +244,7 @@ def client_deviations(file: LoraFile, base: Base, live: Mapping[str, Layer], for
     published = ARCHITECTURES[PUBLISHED[base.info.family].removeprefix("random:")]["unet"]
     if format != "kohya" or any(list(base.unet.config[k]) != list(published[k]) for k in _SHAPE):
         return
-    forms = {layer.delta.form for layer in live.values()}
+    forms: set[Form] = {layer.delta.form for layer in live.values()}
     readers = [client for client in _MAPS if all(COMPATIBILITY[form][client] == "same" for form in forms)]
     for reading in read_by_clients(file, base):
         if reading.client in readers and reading.reading != "same":

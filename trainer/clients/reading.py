@@ -60,8 +60,8 @@ def read_by_clients(file: LoraFile, base: Base) -> list[ClientReading]:
     The base's family is the one that a person would use the file with; no tensor but alphas is read.
     """
     contents, tree = Contents.of(file), Tree.of(base)
-    asked = [client for client in _READERS if client != "PEFT" or not file.is_kohya]
-    return [_reading(client, _READERS[client](contents, tree), contents) for client in asked]
+    asked = [(client, read) for client, read in _READERS.items() if client != "PEFT" or not file.is_kohya]
+    return [_reading(client, read(contents, tree), contents) for client, read in asked]
 
 
 def _reading(client: str, taken: Taken, contents: Contents) -> ClientReading:

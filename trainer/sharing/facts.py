@@ -116,7 +116,7 @@ class Facts:
         done = [f"baked to rank {self.baked.rank}"] if self.baked else []
         done += [f"at strength {self.strengths}"] if self.strengths != AS_TRAINED else []
         given = self.settings.title
-        return (f"{given} ({', '.join(done)})" if done else given) or self.name
+        return (f"{given} ({', '.join(done)})" if given and done else given) or self.name
 
     @property
     def is_as_trained(self) -> bool:
