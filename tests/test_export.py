@@ -658,7 +658,11 @@ def command(*arguments: object) -> str:
 @pytest.mark.parametrize("finished", [("sd1", {"kind": "loha"})], indirect=True)
 def test_a_run_and_its_file_are_baked_by_the_command(finished: RunFolder, folders: dict[str, Path], tmp_path: Path):
     told = command("export", finished.path, "--out", tmp_path)
-    assert told.split() == [str(tmp_path / f"short{ending}") for ending in (".safetensors", ".md", ".json")]
+    files, said = told.splitlines()[:4], told.splitlines()[4:]
+    endings = (".safetensors", ".md", ".json", "-verified.json")
+    assert files == [str(tmp_path / f"short{ending}") for ending in endings]
+    assert said[0].startswith("short.safetensors does what was trained in ")
+    assert [line.partition(".")[0] for line in said[-2:]] == ["  diffusers: none", "  sd-scripts: none"]
     card = (tmp_path / "short.md").read_text(encoding="utf-8")
     assert "The file is a loha" in card
     assert "lorasmith resize short.safetensors" in card
