@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ KINDS: dict[str, Kind] = {
     "DoRA of the UNet": Kind({"kind": "dora", "targets": "all", "text_encoder": False}, ("kohya", "diffusers")),
 }
 RANK, ALPHA = 4, 6.0  # alpha is not the rank, so that a client that takes it for that shows
-_SPREAD = 0.05  # of what is added to all trained weights
+SPREAD = 0.05  # of what is added to all trained weights
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,10 @@ class Case:
 
 def make_cases(subject: Subject, folder: Path, kinds: Sequence[str]) -> Iterator[Case]:
     """Write all files of a subject anew; each kind comes with its formats."""
-    given = load_file(subject.given)
+    given, plain = load_file(subject.given), load_base(inspect_base(str(subject.base)))
+    before = answers(plain.unet, plain.text_encoders, given)
     for kind in kinds:
-        base = load_base(inspect_base(str(subject.base)))
-        before = answers(base.unet, base.text_encoders, given)
+        base = copy.deepcopy(plain)
         adapt(base, kind)
         live = answers(base.unet, base.text_encoders, given)
         for format in KINDS[kind].formats:
@@ -86,18 +87,18 @@ def make_cases(subject: Subject, folder: Path, kinds: Sequence[str]) -> Iterator
             yield Case(subject.family, kind, format, file, before, live)
 
 
-def adapt(base: Base, kind: str) -> None:
+def adapt(base: Base, kind: str, spread: float = SPREAD) -> None:
     """Put an adapter on, none of whose weights is where it began."""
     put_on(base, AdapterSection(rank=RANK, alpha=ALPHA, **KINDS[kind].settings), seed=1)
     random = torch.Generator().manual_seed(2)
     for parameter in trained_weights(base).values():
-        parameter.data.add_(_SPREAD * torch.randn(parameter.shape, generator=random))
+        parameter.data.add_(spread * torch.randn(parameter.shape, generator=random))
 
 
-def published_keys(family: FamilyName, kind: str, format: Format) -> set[str]:
-    """The keys of a file of this kind for the published model, of its shapes alone."""
+def published_keys(family: FamilyName, kind: str) -> dict[Format, set[str]]:
+    """The keys of files of this kind for the published model, of its shapes alone."""
     base, changes = _published(family, kind)
-    return set(tensors(base, changes, format))
+    return {format: set(tensors(base, changes, format)) for format in KINDS[kind].formats}
 
 
 def write_published(family: FamilyName, kind: str, format: Format, file: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, redirect_stdout
@@ -56,5 +57,5 @@ def run(applied: Applied) -> None:
                 save_file(answers(*parts, given), Path(job["out"]) / f"{name}.safetensors")
         except Exception as error:  # whatever a client raises is its refusal of this file
             traceback.print_exc()
-            refused = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            refused = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
         print(json.dumps({"name": name, "refused": refused}), flush=True)

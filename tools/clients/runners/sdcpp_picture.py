@@ -15,7 +15,6 @@ from cyllama.sd import (  # pyright: ignore[reportMissingImports]
     SDContext,
     SDContextParams,
     SDImageGenParams,
-    SDType,
     set_log_callback,
 )
 
@@ -24,7 +23,6 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     set_log_callback(lambda level, text: print(level, text, end="", file=sys.stderr))
     context = SDContextParams()
-    context.wtype = SDType.F32  # it would compute in fp16, whose rounding layers with random weights make large
     context.model_path, context.n_threads = job["model"], int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     asked = SDImageGenParams()
     asked.prompt, asked.seed = "a photo of a red house by the sea, painted in oil", 1
