@@ -29,10 +29,11 @@ from .bases import BaseInfo, hub_answers
 from .delta import Changes, Delta
 from .errors import BaseModelError, ExportError, UserError, first_line
 from .export import DTYPES, Precision
+from .files import rename
 from .ldm import from_ldm, ldm_parts, ldm_tensor, text_name, vae_from_file, with_text_model
 from .lorafile import LoraFile
 from .loraread import read_lora
-from .models import Base, clip_tokenizer, load_base, noise_schedule
+from .models import Base, clip_tokenizer, load_base, noise_schedule, saved_tokenizer
 from .paths import path_of
 from .sharing.facts import last_part
 from .singlefile import read_single_file, read_vae_file
@@ -71,8 +72,9 @@ class Additions:
         of it; that matters to DoRAs alone."""
         for component, deltas in changes.items():
             for delta in deltas:
-                path = path_of(component, f"{delta.name}.weight")
-                self._by_path.setdefault(path, []).append((delta, strengths.of(component, delta.name)))
+                if strength := strengths.of(component, delta.name):
+                    path = path_of(component, f"{delta.name}.weight")
+                    self._by_path.setdefault(path, []).append((delta, strength))
 
     def to(self, component: str, name: str, tensor: Tensor) -> Tensor:
         """A parameter with what is added to it, fp32; one that does not change is given back as it is."""
@@ -220,8 +222,7 @@ def _diffusers_model(info: BaseInfo) -> tuple[Base, Weights, _Tokenizers]:
 
     def tokenizers() -> list[CLIPTokenizer]:
         with _readable(info):
-            names = tokenizer_names(info.family)
-            return [CLIPTokenizer.from_pretrained(info.source, subfolder=name, **place) for name in names]
+            return [saved_tokenizer(info, name) for name in tokenizer_names(info.family)]
 
     return _outline(info, scheduler, vae), stored, tokenizers
 
@@ -260,7 +261,8 @@ def _with_other_vae(info: BaseInfo, outline: Base, stored: Weights) -> tuple[Bas
         tensors = file.tensors()
     else:
         place: dict[str, Any] = {"subfolder": info.vae_subfolder or None, "revision": info.vae_revision or None}
-        config = AutoencoderKL.load_config(info.vae, **place)
+        with _readable(info):
+            config = AutoencoderKL.load_config(info.vae, **place)
         file_name = WEIGHT_FILES["diffusers"]
         tensors = _component(info.vae, info.vae_revision, info.vae_subfolder, file_name, where)
     outline = _with_vae(outline, {**config, "scaling_factor": info.scaling_factor}, where)
@@ -469,6 +471,6 @@ def write_verified(writer: TensorWriter, target: Path, header: Mapping[str, str]
         writer.write(unverified, header)
         if LoraFile.open(unverified).hashes.tensors != writer.digest():
             raise ExportError("was not read back as it was written", str(target), "The disk may be broken.")
-        unverified.replace(target)
+        rename(unverified.replace, target)
     finally:
         unverified.unlink(missing_ok=True)

@@ -82,7 +82,7 @@ class Delta:
         if self.form == "dora":
             raise ValueError(f"{self.name}: the change of a DoRA is not in proportion to any of its tensors")
         scaled = next(leaf for leaf in _IN_PROPORTION if leaf in self.tensors)
-        return Delta(self.name, {**self.tensors, scaled: self.tensors[scaled] * strength}, self.alpha)
+        return Delta(self.name, {**self.tensors, scaled: self.tensors[scaled].float() * strength}, self.alpha)
 
     def of(self, weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The change of `weight`, in its shape and on its device."""

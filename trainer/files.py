@@ -24,7 +24,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _finish(temporary)
-        _rename(temporary.replace, path)
+        rename(temporary.replace, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -47,7 +47,7 @@ def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
                 _finish(file)
         if replace:
             shutil.rmtree(path, ignore_errors=True)
-        _rename(temporary.rename, path)
+        rename(temporary.rename, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -121,7 +121,7 @@ def _lock(file: IO[bytes]) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
-def _rename(move: Callable[[Path], Path], path: Path) -> None:
+def rename(move: Callable[[Path], Path], path: Path) -> None:
     """Windows moves nothing that another process has open; those who read here are quick, so wait for them."""
     for seconds in _WAITS_FOR_READERS if sys.platform == "win32" else ():
         with suppress(PermissionError):

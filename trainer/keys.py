@@ -158,7 +158,7 @@ _SPELLINGS = {
     **{re.escape(f".{leaf}"): leaf for leaf in ("lora_mid.weight", "dora_scale", "diff", ALPHA)},
 }
 _SPELT = [(re.compile(rf"(?P<layer>.+?)(?:{pattern})"), leaf) for pattern, leaf in _SPELLINGS.items()]
-_WRAPPERS = re.compile(r"_orig_mod\.|base_model\.model\.|^module\.|\.processor(?=\.to_(?:q|k|v|out)$)")
+_WRAPPERS = re.compile(r"_orig_mod[._]|base_model\.model\.|(?:^|(?<=\.))module\.|\.processor(?=\.to_(?:q|k|v|out)$)")
 _OLD_ATTENTION = re.compile(r"(?P<self>self_attn)?\.to_(?P<which>q|k|v|out)$")
 
 
@@ -191,7 +191,7 @@ def known_names(family: FamilyName, component: str, path: str, layers_per_block:
         bare = paths if component == "text_encoder" and family != "sdxl" else []
         return [f"{component}.{p}" for p in paths] + bare + [o + p.replace(".", "_") for o in others for p in paths]
     dotted, underlined = [f"unet.{path}", path], [prefix + path.replace(".", "_")]
-    if family == "sdxl" and (sgm := _SGM_OUTSIDE.get(path) or _sgm_path_or_none(path, layers_per_block)):
+    if sgm := _SGM_OUTSIDE.get(path) or _sgm_path_or_none(family, path, layers_per_block):
         dotted += [sgm, f"diffusion_model.{sgm}"]
         underlined.append(prefix + sgm.replace(".", "_"))
     return dotted + underlined
@@ -208,8 +208,12 @@ _SGM_OUTSIDE = {
 }
 
 
-def _sgm_path_or_none(path: str, layers_per_block: int) -> str | None:
-    return _sgm_path(path, layers_per_block) if _UNET_PATH.fullmatch(path) else None
+def _sgm_path_or_none(family: FamilyName, path: str, layers_per_block: int) -> str | None:
+    """In SD 1 and SD 2 the first block on the way up has no attention, so that its upsampler is the second part."""
+    if not _UNET_PATH.fullmatch(path):
+        return None
+    sgm = _sgm_path(path, layers_per_block)
+    return sgm.replace(".2.conv", ".1.conv") if family != "sdxl" and path == "up_blocks.0.upsamplers.0.conv" else sgm
 
 
 def _plain_path(component: str, path: str) -> str:

@@ -124,7 +124,7 @@ class _Alphas:
             for name in ("lora_alpha", "alpha"):
                 alpha = self._about(component, name) if alpha is None else alpha
             alpha = float(rank if alpha is None else alpha)
-        except (TypeError, ValueError, AttributeError, re.error):
+        except (TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error):
             raise self._unreadable() from None
         return alpha * math.sqrt(rank) if self._about(component, "use_rslora") else alpha
 
@@ -134,7 +134,7 @@ class _Alphas:
     def _object(self, text: str) -> dict[str, Any]:
         try:
             said = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise self._unreadable() from None
         if not isinstance(said, dict):
             raise self._unreadable()

@@ -333,14 +333,30 @@ def _saved_parts(info: BaseInfo, dtype: torch.dtype) -> dict[str, Any]:
         "vae": _load(*place, "vae", AutoencoderKL, torch.float32, f"base.model: {info.model}, vae"),
     }
     try:
-        parts["scheduler"] = DDIMScheduler.load_config(info.source, subfolder="scheduler")
+        revision = info.revision or None
+        parts["scheduler"] = DDIMScheduler.load_config(info.source, subfolder="scheduler", revision=revision)
         for name, text_class in FAMILIES[info.family].text_encoder_classes.items():
             tokenizer = name.replace("text_encoder", "tokenizer")
-            parts[tokenizer] = CLIPTokenizer.from_pretrained(info.source, subfolder=tokenizer)
+            parts[tokenizer] = saved_tokenizer(info, tokenizer)
             parts[name] = _load(*place, name, text_class, dtype, f"base.model: {info.model}, {name}")
     except (OSError, ValueError) as error:
         raise BaseModelError(f"{info.model} cannot be loaded: {first_line(error)}", "base.model", _COMPLETE) from error
     return parts
+
+
+def saved_tokenizer(info: BaseInfo, name: str) -> CLIPTokenizer:
+    """The tokenizer of a diffusers folder or a Hub model. Without files, transformers makes one that knows no words.
+
+    Raises:
+        BaseModelError: if it is such a one.
+    """
+    found = CLIPTokenizer.from_pretrained(info.source, subfolder=name, revision=info.revision or None)
+    if len(found.get_vocab()) <= len(set(found.all_special_tokens)):
+        what = "holds no words: vocab.json and merges.txt, or tokenizer.json, are missing"
+        raise BaseModelError(
+            what, f"base.model: {info.model}, {name}", "Download the model again, with its tokenizers."
+        )
+    return found
 
 
 def _load(source: str, revision: str, subfolder: str, model_class: Any, dtype: torch.dtype, where: str) -> Any:

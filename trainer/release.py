@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from . import __version__
 from .adapter import reads_tokens, strength
@@ -36,10 +37,10 @@ from .jobs import VERIFIED, RunFolder
 from .lorafile import LoraFile
 from .models import Base, load_base
 from .pivotal import token_embeddings
-from .sample import Drawing, before_after_grid, drawn_like
+from .sample import Drawing, before_after_grid, drawn_like, preview_files
 from .sharing.bundle import bundle as write_bundle
 from .sharing.card import embedding_folder, write_beside
-from .sharing.facts import AS_TRAINED, Facts, FolderFacts, Preview, base_name, last_part
+from .sharing.facts import AS_TRAINED, Facts, FolderFacts, Preview, base_name
 from .sharing.pictures import png, preview_text
 from .sharing.usage import embedding_file, is_whole_model
 from .strengths import Strengths
@@ -85,10 +86,11 @@ def release(
     """
     settings, base = trained.config.export, trained.base
     facts = replace(facts_of(trained, name), merged_from=tuple(merged_from))
+    is_plain = bool(bake_to) or changes is not None
     facts, changes = _derived(base, facts, changes, bake_to, strengths)
     wanted = formats or settings.formats
     weights, reports, refused = [], [], []
-    for format in formats_of(trained.config, bool(bake_to) or changes is not None):
+    for format in formats_of(trained.config, is_plain):
         try:
             if format in wanted or not wanted:
                 written = _write(base, folder, format, facts, precision or settings.precision, changes)
@@ -187,10 +189,15 @@ def write_embedding(base: Base, path: Path) -> Path:
         raise ExportError("the embeddings of the new tokens hold NaN or infinity", path.name, fix)
     with atomic_file(path) as temporary:
         save_file(vectors, temporary, {"lorasmith_version": __version__})
-        written = load_file(temporary)
-        if written.keys() != vectors.keys() or not all(torch.equal(written[name], vectors[name]) for name in vectors):
+        if not _holds(temporary, vectors):
             raise ExportError("is not what was written", path.name, "Export it again, to another disk.")
     return path
+
+
+def _holds(path: Path, vectors: Mapping[str, Tensor]) -> bool:
+    """Whether a file holds these; nothing of it stays open, because Windows renames no open file."""
+    read = load_file(path)
+    return read.keys() == vectors.keys() and all(torch.equal(read[name], vectors[name]) for name in vectors)
 
 
 def facts_of(trained: Trained, name: str) -> Facts:
@@ -200,7 +207,7 @@ def facts_of(trained: Trained, name: str) -> Facts:
     recent = [r.event.loss for r in steps[-_RECENT:] if isinstance(r.event, Step)]
     planned = next((r.event for r in reversed(records) if isinstance(r.event, PlanMade)), PlanMade(0, 0))
     dataset, shows = planned.plan.get("dataset", {}), planned.plan.get("shows_per_image")
-    paths = {last_part(data.path): data.path for data in trained.config.data}
+    paths = {Path(data.path).name: data.path for data in trained.config.data}
     return Facts(
         name=name,
         config=trained.config,
@@ -209,7 +216,7 @@ def facts_of(trained: Trained, name: str) -> Facts:
             for folder, n, repeats, trigger in dataset.get("folders", [])
         ),
         buckets={(width, height): images for width, height, images in dataset.get("buckets", [])},
-        tag_frequency=dataset.get("tag_frequency", {}),
+        tag_frequency={paths.get(folder, folder): tags for folder, tags in dataset.get("tag_frequency", {}).items()},
         steps=trained.step,
         planned_steps=planned.steps or None,
         images_seen=trained.images,
@@ -225,15 +232,18 @@ _RECENT = 50  # steps whose mean loss is the final loss
 
 
 def previews_in(folder: Path, info: BaseInfo) -> list[Preview]:
-    """The previews of one step, each with what its file says of it."""
-    files = enumerate(sorted(folder.glob("*.png")))
-    return [_preview(file, number, base_name(info)) for number, file in files]
+    """The previews of one step, each with what its file says of it; pictures that do not say it are left out."""
+    previews = (_preview(file, number, base_name(info)) for number, file in enumerate(preview_files(folder)))
+    return [preview for preview in previews if preview]
 
 
-def _preview(file: Path, number: int, base: str) -> Preview:
+def _preview(file: Path, number: int, base: str) -> Preview | None:
+    """None if it was saved anew by a program that drops what a picture says of itself."""
     with Image.open(file) as picture:
         picture.load()
         told: Any = picture.info
+        if "positive_prompt" not in told:
+            return None
         drawing = Drawing(
             told["negative_prompt"],
             int(told["seed"]) - number,

@@ -96,9 +96,14 @@ def save_previews(
             picture.save(temporary / f"{number:02d}.png", pnginfo=text)
 
 
+def preview_files(folder: Path) -> list[Path]:
+    """Those that `save_previews` wrote, by number; whatever else a person has put there is left alone."""
+    return sorted(path for path in folder.glob("*.png") if path.stem.isdecimal())
+
+
 def drawn_like(folder: Path) -> list[str]:
     """How each preview of a folder was drawn, apart from its LoRA; previews that can be compared have the same."""
-    return [text.partition(_LORA)[0] for text in map(_parameters_of, sorted(folder.glob("*.png")))]
+    return [text.partition(_LORA)[0] for text in map(_parameters_of, preview_files(folder))]
 
 
 _LORA = ", Lora: "

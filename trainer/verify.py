@@ -416,7 +416,7 @@ def _load(fresh: Base, path: Path) -> None:
         raise _Different([f"diffusers does not load it: {first_line(error)}"]) from error
 
 
-REFUSALS = (ValueError, RuntimeError, KeyError, IndexError)
+REFUSALS = (ValueError, RuntimeError, LookupError, TypeError, AttributeError)
 """What diffusers and PEFT raise on a bad file."""
 
 

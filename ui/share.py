@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pandas as pd
 
@@ -17,8 +18,12 @@ _SAID = {
 
 
 def files_of(run: RunFolder) -> list[str]:
-    """All files that were exported, but for hidden ones, which are being written."""
-    return [str(path) for path in sorted(run.exports.rglob("[!.]*")) if path.is_file()]
+    """All files that were exported, but for those that are being written, and those that were rejected."""
+    files = (path for path in sorted(run.exports.rglob("*")) if path.is_file())
+    return [str(path) for path in files if not _NOT_TO_SHARE.search(path.relative_to(run.exports).as_posix())]
+
+
+_NOT_TO_SHARE = re.compile(r"(^|/)\.|\.unverified\.|\.rejected$")
 
 
 def clients_of(run: RunFolder) -> pd.DataFrame:

@@ -42,10 +42,10 @@ _RESNET = {
     "time_emb_proj": "emb_layers_1",
     "conv_shortcut": "skip_connection",
 }
-_BLOCK = re.compile(r"(?:(down|up)_blocks_(\d+)|mid_block)_(attentions|resnets)_(\d+)_(.+)")
-_RESAMPLING = re.compile(r"(down|up)_blocks_(\d+)_(?:down|up)samplers_0_conv")
+_BLOCK = re.compile(r"(?:(down|up)_blocks_(\d{1,4})|mid_block)_(attentions|resnets)_(\d{1,4})_(.+)")
+_RESAMPLING = re.compile(r"(down|up)_blocks_(\d{1,4})_(?:down|up)samplers_0_conv")
 _OUTSIDE = {"conv_in": "input_blocks_0_0", "conv_out": "out_2"}
-_TIME = re.compile(r"time_embedding_linear_(\d+)")
+_TIME = re.compile(r"time_embedding_linear_(\d{1,4})")
 _TEXT = re.compile(r"lora_te(2?)_text_model_encoder_layers_(\d+)_(.+)")
 _OPEN_CLIP = {"mlp_fc1": "mlp_c_fc", "mlp_fc2": "mlp_c_proj", "self_attn": "attn"}
 

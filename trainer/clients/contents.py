@@ -60,7 +60,7 @@ class Contents:
         """What diffusers wrote into the header of PEFT's configuration; None if that cannot be read."""
         try:
             said = json.loads(self.file.metadata.get("lora_adapter_metadata", "{}"))
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             return None
         return said if isinstance(said, dict) else None
 
@@ -117,5 +117,5 @@ def said_number(said: Mapping[str, Any], component: str, path: str, what: str, n
             if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", path)
         ]
         return float((fitting or [said.get(f"{component}.{name}", 8)])[0])
-    except (re.error, TypeError, ValueError, OverflowError):
+    except (re.error, TypeError, ValueError, OverflowError, RecursionError):
         return math.nan

@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from peft import LoraConfig
+
 from .contents import ALPHA, Contents, said_number, said_scale
 from .taking import (
     LENGTHS,
@@ -67,6 +69,8 @@ def read(contents: Contents, tree: Tree) -> Taken:
     keys = [key for key in contents.shapes if LENGTHS not in key]
     if contents.said is None:
         return refused("it stops at lora_adapter_metadata in the header, which is not JSON")
+    if odd := next((name for name in contents.said if name.rpartition(".")[2] not in _CONFIGURATION), None):
+        return refused(f"it stops at {odd} in the header, which is no setting of this version of PEFT")
     if all(key.startswith(_KOHYA) for key in keys):
         return _read_kohya(contents, tree, taken, keys)
     if stray := next((key for key in keys if "lora" not in key), None):
@@ -101,6 +105,9 @@ def read_peft(contents: Contents, tree: Tree) -> Taken:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # kohya's files
+
+
+_CONFIGURATION = frozenset(LoraConfig.__dataclass_fields__)
 
 
 def _read_kohya(contents: Contents, tree: Tree, taken: Taken, keys: list[str]) -> Taken:
@@ -243,7 +250,8 @@ def _apply(contents: Contents, tree: Tree, taken: Taken, component: str, pairs: 
 
 def _common_rank(contents: Contents, pairs: Iterable[_Pair]) -> int:
     ups = (contents.shapes[pair.leaves[_UP]] for pair in pairs if _UP in pair.leaves)
-    return Counter(up[1] for up in ups if len(up) > 1).most_common(1)[0][0]
+    ranks = Counter(up[1] for up in ups if len(up) > 1).most_common(1)
+    return ranks[0][0] if ranks else 0
 
 
 def _alphas(contents: Contents, pairs: Iterable[_Pair]) -> Iterator[float]:

@@ -29,6 +29,10 @@ from .options import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+NewFormat = Annotated[
+    Literal["kohya", "diffusers"] | None, typer.Option("--format", help="Names in a LoRA; kohya if not given.")
+]
+
 BROKEN = 3
 """Exit code of `verify` for a file that does not do what it should."""
 
@@ -70,9 +74,7 @@ def inspect(file: LoraPath, as_json: Json = False) -> None:
 def convert(
     source: Annotated[str, typer.Argument(help="A LoRA file of any trainer; or a whole model, as in base.model.")],
     target: Annotated[Path, typer.Argument(help="A new .safetensors file; of a whole model, or a new folder.")],
-    format_: Annotated[
-        Literal["kohya", "diffusers"] | None, typer.Option("--format", help="Names in a LoRA; kohya if not given.")
-    ] = None,
+    format_: NewFormat = None,
     base: BaseOfFile = "",
     precision: Annotated[
         Literal["fp16", "bf16", "fp32"] | None, typer.Option(help="Precision; that of the source if not given.")
@@ -110,7 +112,7 @@ def merge(
     rank: Rank = None,
     energy: Energy = None,
     block: BlockStrengths = None,
-    format_: LoraFormat = "kohya",
+    format_: NewFormat = None,
     base: BaseOfFile = "",
     precision: Annotated[
         Literal["fp16", "bf16", "fp32"] | None,
@@ -131,7 +133,7 @@ def merge(
         from ..bases import inspect_base
         from ..filetools.intobase import merge_into_base
 
-        for option, given in (("--rank", rank), ("--energy", energy), ("--base", base)):
+        for option, given in (("--rank", rank), ("--energy", energy), ("--format", format_), ("--base", base)):
             if given:
                 raise UserError("has no effect on a whole model", option, "Remove it, or --into.")
         refuse_taken(out, "--out")
@@ -142,7 +144,9 @@ def merge(
 
         require_file_name(out, "--out")
         with progress_of("merging layers") as progress:
-            made = merge_loras(sources, out, rank or 0, energy or 0.0, format_, base, precision or "fp16", progress)
+            made = merge_loras(
+                sources, out, rank or 0, energy or 0.0, format_ or "kohya", base, precision or "fp16", progress
+            )
         print_lost(made.lost)
     typer.echo(out)
 
@@ -225,7 +229,10 @@ def _is_lora(path: Path) -> bool:
     """Whether it is a file that holds changes of layers."""
     from ..lorafile import LoraFile
 
-    return path.suffix == ".safetensors" and path.is_file() and bool(LoraFile.open(path).layers)
+    if path.suffix.lower() != ".safetensors" or not path.is_file():
+        return False
+    file = LoraFile.open(path)
+    return bool(file.layers) or any(key.startswith("lora_") or ".lora_" in key for key in file.shapes)
 
 
 def _require_one(rank: int | None, energy: float | None) -> None:

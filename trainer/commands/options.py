@@ -15,6 +15,13 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from ...datasets.workers import Progress
 
+
+def _above_zero(energy: float | None) -> float | None:
+    if energy == 0:
+        raise UserError("0 is no share to keep", "--energy", "Give a number above 0, at most 1, such as 0.95.")
+    return energy
+
+
 Strings = list[str] | None
 
 ConfigFile = Annotated[Path, typer.Argument(help="The configuration, a TOML file.")]
@@ -35,7 +42,13 @@ LoraFormat = Annotated[
 Rank = Annotated[int | None, typer.Option("--rank", min=1, help="The rank of every layer.")]
 Energy = Annotated[
     float | None,
-    typer.Option("--energy", min=0, max=1, help="Of each layer the least rank that keeps this share of the change."),
+    typer.Option(
+        "--energy",
+        min=0,
+        max=1,
+        callback=_above_zero,
+        help="Of each layer the least rank that keeps this share of the change's energy.",
+    ),
 ]
 Strength = Annotated[
     float,

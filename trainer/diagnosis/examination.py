@@ -278,11 +278,10 @@ def _effects(file: LoraFile, base: Base, changes: Changes) -> tuple[dict[str, Ef
         else:
             errors = answer_errors(base, said, partial(strength, base))
             told += _differences(base, said, errors)
-    effects = {
-        name: Effect(_share(live), errors[name] / live.shown if name in errors and live.shown else None)
-        for name, live in said.items()
+    off = {
+        name: error / said[name].shown for name, error in errors.items() if math.isfinite(error) and said[name].shown
     }
-    return effects, told
+    return {name: Effect(_share(live), off.get(name)) for name, live in said.items()}, told
 
 
 def shown_line(error: Exception) -> str:

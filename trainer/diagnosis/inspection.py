@@ -65,7 +65,9 @@ def _readable(value: str) -> Any:
     """Structured values as they are meant; a long one, such as a thumbnail, by its length."""
     if value.startswith(("{", "[")):
         try:
-            return json.loads(value, parse_constant=str)
+            found = json.loads(value, parse_constant=str)
+            json.dumps(found, allow_nan=False)  # 1e999 becomes an infinity
+            return found
         except (ValueError, RecursionError):
             return value
     return value if len(value) <= 1000 else f"{value[:40]}... ({len(value)} characters)"

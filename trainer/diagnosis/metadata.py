@@ -110,10 +110,10 @@ def _structures(metadata: Mapping[str, str]) -> Iterator[Finding]:
         if not isinstance(value, kind):
             name = "an object" if kind is dict else "a list"
             what = f"is not {name} in strict JSON: A1111's panel of the file breaks off, CivitAI drops all metadata"
-            yield Finding("warning", key, what, "Remove it, or write it anew.")
+            yield Finding("warning", key, what, "Remove it: clients that read it stumble.")
         elif key == "ss_tag_frequency" and not all(isinstance(tags, dict) and _counts(tags) for tags in value.values()):
             what = "does not count each folder's tags in whole numbers, which A1111's panel of the file adds up"
-            yield Finding("warning", key, what, "Remove it, or write it anew.")
+            yield Finding("warning", key, what, "Remove it: clients that read it stumble.")
     started = metadata.get("ss_training_started_at", "0")
     if _number(started) is None:
         what = f"is {shown(started)}, no number of seconds, at which A1111's panel of the file breaks off"
@@ -149,7 +149,7 @@ def _hashes(case: Case) -> Iterator[Finding]:
         said = case.file.metadata.get(key, "")
         if said and said.lower().removeprefix("0x") != case.file.hashes.tensors:
             what = "is not the hash of these tensors: they were changed after it was written"
-            yield Finding("warning", key, what, "Ask for the file as it came from its trainer, or write it anew.")
+            yield Finding("warning", key, what, "Ask for the file as it came from its trainer.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

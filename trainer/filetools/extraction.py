@@ -169,9 +169,9 @@ def _refuse_sizes(rank: int, energy: float, conv_rank: int) -> None:
     if bool(rank) == bool(energy):
         what = "both are given" if rank else "neither is given"
         raise UserError(what, "rank and energy", "Give a rank, such as 32, or an energy to keep, such as 0.9.")
-    if rank < 0 or not 0 <= energy < 1 or conv_rank < 0:
+    if rank < 0 or not 0 <= energy <= 1 or conv_rank < 0:
         what = f"rank {rank}, conv_rank {conv_rank} or energy {energy:g} is out of bounds"
-        raise UserError(what, "rank and energy", "Ranks are from 1 on, energy lies between 0 and 1.")
+        raise UserError(what, "rank and energy", "Ranks are from 1 on, energy lies above 0, at most 1.")
     if conv_rank and energy:
         raise UserError("has no effect beside an energy", "conv_rank", "Leave it out, or give a rank.")
 

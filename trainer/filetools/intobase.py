@@ -48,7 +48,9 @@ def merge_into_base(
     outline, added = skeleton(base), Additions()
     for file, strengths in loras:
         changes = read_lora(file, outline.components, base.family)
-        strengths.refuse_idle((component, delta.name) for component, own in changes.items() for delta in own)
+        names = [(component, delta.name) for component, own in changes.items() for delta in own]
+        strengths.refuse_idle(names)
+        strengths.refuse_nothing(names)
         added.add(changes, strengths)
     sources = [base.short_name, *(f"{file.stem} at {strengths}" for file, strengths in loras)]
     rewrite(base, target, added.to, precision, target.stem, progress, sources)

@@ -229,7 +229,7 @@ def _tags(said: Sequence[Mapping[str, str]]) -> dict[str, Any]:
 def _table(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text or "{}")
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

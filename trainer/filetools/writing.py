@@ -22,6 +22,7 @@ from ..bases import BaseInfo, FamilyName
 from ..delta import Changes, Delta, Form, joined
 from ..errors import ExportError, Problem, UserError
 from ..export import DTYPES, Precision, cast, common_alpha, layer_tensors
+from ..files import rename
 from ..keys import Format, base_name, grammar
 from ..lorafile import Hashes, LoraFile
 from ..models import Base
@@ -34,6 +35,7 @@ from .sources import layers
 ALPHAS = "lorasmith_alphas"
 """In the header of a file in diffusers' format: the alpha of each component that became a part of `lora_B`."""
 _SHOWN = 3  # layers that an error names
+_NAMED = 8  # layers that it says how to leave out
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class LoraWriter:
             folded = {ALPHAS: json.dumps(dict(self._alphas))} if self._format == "diffusers" else {}
             self._tensors.write(unverified, said | folded)
             hashes = self._read_back(unverified)
-            unverified.replace(self._target)
+            rename(unverified.replace, self._target)
         finally:
             unverified.unlink(missing_ok=True)
         return Written(
@@ -268,8 +270,8 @@ def require_names(source: Path, base: Base, changes: Changes) -> None:
             unknown.append(f"{component}.{delta.name}")
     if unknown:
         what = f"changes {len(unknown)} layers that some clients drop: {', '.join(unknown[:_SHOWN])}"
-        first = unknown[0]
-        fix = f"Leave them out, which the result will lack: lorasmith merge {source.name} --block {first}=0 --out FILE"
+        blocks = " ".join(f"--block {name}=0" for name in unknown[:_NAMED]) + (" ..." if unknown[_NAMED:] else "")
+        fix = f"Leave them out, which the result will lack: lorasmith merge {source} {blocks} --out FILE"
         raise UserError(what, str(source), fix)
 
 
@@ -282,7 +284,7 @@ def require_diffusers(source: Path, changes: Changes) -> None:
     kinds = dict.fromkeys(why for component, delta in layers(changes) if (why := _unread(component, delta)))
     if kinds:
         what = f"cannot be written for diffusers, which does not read {' and '.join(kinds)}"
-        fix = f"Take --format kohya, or make a plain LoRA of it: lorasmith resize {source.name} --rank 32 "
+        fix = f"Take --format kohya, or make a plain LoRA of it: lorasmith resize {source} --rank 32 "
         raise UserError(what, str(source), f"{fix}--format diffusers --out FILE")
 
 

@@ -129,7 +129,7 @@ def without_paths(config: RunConfig, facts: Facts) -> RunConfig:
     defaults = RunConfig(name="x", data=shared.data[:1])
     shared.runs, shared.runtime.cache = defaults.runs, defaults.runtime.cache
     for data in shared.data:
-        data.path = data.path if data.path.startswith("hf:") else last_part(data.path)
+        data.path = last_part(data.path)
     shared.base.model, shared.base.vae = map(_model, (shared.base.model, shared.base.vae))
     shared.base.merge = [last_part(file) for file in shared.base.merge]
     shared.adapter.start_from = last_part(shared.adapter.start_from) if shared.adapter.start_from else ""

@@ -169,13 +169,15 @@ def _snippet(facts: Facts, info: BaseInfo, file: str, base: str) -> str:
     load += f"pipeline.load_lora_weights('.', weight_name={file!r})  # '.', or owner/name where it is on the Hub\n"
     if facts.recommended != 1:
         load += f"pipeline.fuse_lora(lora_scale={facts.recommended:g})\n"
-    source = "POCKET" if embedded else repr(base)
+    source, loader = "POCKET" if embedded else repr(base), "from_pretrained"
     if is_whole_model(facts):
         load, source = "", repr(file.removesuffix(".safetensors").removesuffix("-diffusers") + "-diffusers")
+    elif base.endswith((".safetensors", ".ckpt")):
+        loader = "from_single_file"
     return (
         "```python\n"
         f"from diffusers import {pipeline}\n{embedded}\n"
-        f"pipeline = {pipeline}.from_pretrained({source})\n"
+        f"pipeline = {pipeline}.{loader}({source})\n"
         f"{load}"
         f"image = pipeline({prompt}).images[0]\n"
         "```"

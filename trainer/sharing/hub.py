@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def _unpacked(source: Path) -> Iterator[Path]:
         try:
             with zipfile.ZipFile(source) as archive:
                 archive.extractall(folder)  # which leaves nothing outside of the folder
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise UserError(f"is no whole zip ({first_line(error)})", str(source), _MAKE_ONE) from error
         yield Path(folder)
 
@@ -94,7 +95,7 @@ def _files_of(folder: Path, source: Path) -> list[str]:
         raise UserError(f"has no {CARD} or no {CHECKSUMS}, so it is no bundle", str(source), _MAKE_ONE)
     problems: list[Problem] = []
     names = [CARD, CHECKSUMS]
-    for line in (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines():
+    for line in (folder / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         file = (folder / name).resolve()
         if not file.is_relative_to(folder.resolve()) or not file.is_file():
