@@ -49,6 +49,16 @@ def file(folder: Path) -> Path:
     return path
 
 
+def test_a_tokenizer_that_knows_no_words_is_refused(sd1: Path):
+    """transformers makes one out of nothing, and every prompt would be the same."""
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        (sd1 / "tokenizer" / name).unlink(missing_ok=True)
+    info = inspect_base(str(sd1))
+    for load in (load_base, lambda info: BaseWeights.open(info).whole_outline()):
+        with pytest.raises(BaseModelError, match="tokenizer: holds no words"):
+            load(info)
+
+
 @pytest.fixture
 def sd1(tmp_path: Path) -> Path:
     return MAKERS["sd1"](tmp_path / "sd1")

@@ -253,6 +253,38 @@ def test_a_dora_is_baked_before_it_has_another_strength(trained: Trained, tmp_pa
     assert not any(key.endswith("dora_scale") for key in load_file(file))
 
 
+def test_a_loha_at_another_strength_is_still_a_loha(trained: Trained, tmp_path: Path):
+    """diffusers reads no LoHa, so that only kohya's names are written."""
+    base = load_base(inspect_base(trained.config.base.model))
+    config = validate(merge(trained.config.model_dump(), {"adapter": {"kind": "loha"}}))
+    put_on(base, config.adapter, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    for module in base.components.values():
+        for name, parameter in module.named_parameters():
+            if "hada_" in name:
+                parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    loha = Trained(trained.run, config, base, trained.step, trained.images)
+    files = release(loha, "short", tmp_path, strengths=Strengths(0.5))
+    assert [file.name for file in files if file.suffix == ".safetensors"] == ["short-strength0.5.safetensors"]
+    assert any(key.endswith("hada_w1_a") for key in load_file(files[0]))
+    report = json.loads((tmp_path / "short-strength0.5-verified.json").read_text(encoding="utf-8"))
+    readings = {client["client"]: client["reading"] for client in report["files"][0]["clients"]}
+    assert (readings["ComfyUI"], readings["diffusers"]) == ("same", "none")
+
+
+def test_pictures_of_others_beside_the_previews_are_left_out(trained: Trained, tmp_path: Path):
+    folder = trained.run.samples(trained.step)
+    foreign = [folder / "grid.png", folder / "._00.png", folder / "99.png"]
+    try:
+        for file in foreign:
+            draw_picture(1, (64, 64)).save(file)
+        foreign[1].write_bytes(b"no picture")
+        assert [preview.prompt for preview in facts_of(trained, "short").previews] == PROMPTS
+    finally:
+        for file in foreign:
+            file.unlink()
+
+
 def test_names_of_strengths_are_short_and_differ():
     many = tuple((f"unet.up_blocks.{number}.attentions", 0.5) for number in range(9))
     names = [suffix_of(strengths) for strengths in (Strengths(0.8), Strengths(0.8, many), Strengths(0.7, many))]

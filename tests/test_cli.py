@@ -396,6 +396,30 @@ def test_weights_that_cannot_be_loaded_leave_no_run_behind(config: Path, tmp_pat
     assert not list((tmp_path / "runs").glob("*"))
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("resize", "x.safetensors", "--out", "y.safetensors"), "--rank, --energy: give one of the two"),
+        (("resize", "x.safetensors", "--energy", "0", "--out", "y.safetensors"), "--energy: 0 is no share to keep"),
+        (("merge", "x.safetensors", "--into", "pocket", "--format", "kohya", "--out", "y"), "--format: has no effect"),
+        (("merge", "x.safetensors:0", "--out", "y.safetensors"), "FILE: '0' in 'x.safetensors:0' is no strength"),
+        (("merge", "x.safetensors", "z.safetensors", "--block", "unet=0", "--out", "y.safetensors"), "--block: cannot"),
+        (("convert", "pocket", "y.safetensors", "--format", "kohya"), "--format: has no effect: pocket is a whole"),
+        (
+            ("extract", "pocket", "pocket", "--energy", "0.9", "--conv-rank", "4", "--out", "y.safetensors"),
+            "--conv-rank",
+        ),
+        (("verify", "x.safetensors"), "x.safetensors: no such file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[:3]),
+)
+def test_a_mistake_in_a_file_command_gets_one_clear_line(tmp_path: Path, words: tuple[str, ...], says: str):
+    done = lorasmith(tmp_path, *words, code=2)
+    assert done.stderr.startswith(f"error: {says}")
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_imports_nothing_heavy():
     code = "import sys, lorasmith.trainer.cli; print([m for m in ('torch', 'diffusers', 'gradio') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -710,6 +710,21 @@ def test_bundled_embeddings_are_taken_by_few_and_can_cost_the_file(
 # files that are no LoRA
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[" * 200_000,
+        '{"unet.r": ' + "9" * 5000 + "}",
+        json.dumps({"unet.r": 1, "unet.lora_alpha": 1, "unet.a_new_field": 1}),
+        json.dumps({"unet.alpha_pattern": {"(" * 3000 + ")" * 3000: 1}}),
+    ],
+    ids=["nested", "a long number", "a setting of a newer PEFT", "a deep pattern"],
+)
+def test_a_header_that_peft_cannot_use_is_no_reason_to_fail(bases: dict[str, Base], tmp_path: Path, said: str):
+    file = saved(tmp_path, weights(bases["sd1"], "diffusers"), {"lora_adapter_metadata": said})
+    assert asked(file, bases["sd1"])["diffusers"].reading != "same"
+
+
 GARBAGE: dict[str, Weights] = {
     "nothing": {},
     "a word": {"hello": torch.zeros(1)},

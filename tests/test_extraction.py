@@ -129,6 +129,13 @@ def test_several_files_are_added_one_after_the_other(folder: Path, detail: Path,
 
 
 @ONE_FAMILY
+def test_what_leaves_the_base_as_it_is_is_refused(folder: Path, detail: Path, tmp_path: Path):
+    nothing = Strengths(1.0, (("unet", 0.0), ("text_encoder*", 0.0)))
+    with pytest.raises(UserError, match="strength 0"):
+        merge_into_base(inspect_base(str(folder)), [(detail, nothing)], tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_does_not_fit_the_base_is_refused(folder: Path, detail: Path, tmp_path: Path):
     info, target = inspect_base(str(folder)), tmp_path / "merged.safetensors"
     with pytest.raises(ConfigError, match=r"unet\.nowhere is no block"):

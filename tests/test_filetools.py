@@ -426,6 +426,42 @@ def one_layer(path: Path, name: str, shape: tuple[int, int], rank: int = 2, **me
 TO_K = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 
 
+def test_the_original_names_of_the_first_two_families_are_read(tmp_path: Path):
+    """Some clients write SD 1's layers as SDXL's are written; the first upsampler has another number there."""
+    names = {
+        "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_k": (320, 768),
+        "lora_unet__orig_mod_up_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k": (1280, 768),
+    }
+    weights = {}
+    for name, (out, width) in names.items():
+        weights |= {f"{name}.lora_down.weight": torch.randn(2, width), f"{name}.lora_up.weight": torch.randn(out, 2)}
+    up = "lora_unet_output_blocks_2_1_conv"
+    weights |= {f"{up}.lora_down.weight": torch.randn(2, 1280, 3, 3)}
+    weights |= {f"{up}.lora_up.weight": torch.randn(1280, 2, 1, 1)}
+    save_file(weights, tmp_path / "old.safetensors")
+    convert_lora(tmp_path / "old.safetensors", tmp_path / "new.safetensors", base="random:sd15")
+    assert {key.partition(".")[0] for key in load_file(tmp_path / "new.safetensors")} == {
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k",
+        "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k",
+        "lora_unet_up_blocks_0_upsamplers_0_conv",
+    }
+
+
+def test_a_small_strength_of_a_young_file_is_kept_in_half_precision(
+    bases: dict[str, Base], folders: dict[str, Path], tmp_path: Path
+):
+    """A tenth of numbers near the least that fp16 has."""
+    source = tmp_path / "young.safetensors"
+    content = load_file(kohya_file(source, bases["sd1"], 2, 2.0, torch.float16, lambda name: "attn1" in name))
+    for key in content:
+        if key.endswith("lora_up.weight"):
+            content[key] = (2e-6 * torch.randn(content[key].shape)).half()
+    save_file(content, source)
+    expected = {place: 0.1 * change for place, change in changes_of(source, bases["sd1"]).items()}
+    merge_loras([(source, Strengths(0.1))], tmp_path / "x.safetensors", base=str(folders["sd1"]))
+    require_same(read(tmp_path / "x.safetensors", bases["sd1"]), expected, bases["sd1"], 2e-3)
+
+
 def test_files_that_cannot_be_read_are_refused_with_what_is_missing(tmp_path: Path):
     source, target = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
     for name, shape, says in [

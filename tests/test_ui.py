@@ -18,7 +18,7 @@ from lorasmith.trainer.errors import UserError
 from lorasmith.trainer.events import EventLog, Failed, Sampled, Step
 from lorasmith.trainer.jobs import RunFolder
 from lorasmith.ui.app import EXAMPLE, Starts, build, losses, previews_of, sentence_of, serve, view
-from lorasmith.ui.share import clients_of
+from lorasmith.ui.share import clients_of, files_of
 
 
 @pytest.fixture
@@ -132,6 +132,14 @@ def test_with_a_run_the_page_shows_it_and_sends_its_pictures_once(tmp_path: Path
     assert "value" not in previews
     assert "value" not in files
     assert "value" not in clients
+
+
+def test_only_files_to_share_are_offered(tmp_path: Path):
+    run = a_run(tmp_path, Step(1, 4, 0.5, 0.1, {"unet": 1e-4}, 0.1))
+    (run.exports / ".x-diffusers.1.tmp").mkdir(parents=True)
+    for name in ("x.safetensors", "x.unverified.safetensors", "x.safetensors.rejected", ".x-diffusers.1.tmp/a.json"):
+        (run.exports / name).touch()
+    assert [Path(file).name for file in files_of(run)] == ["x.safetensors"]
 
 
 def test_what_clients_make_of_the_files_is_a_table(tmp_path: Path):

@@ -37,6 +37,8 @@ class Kind:
 
     settings: dict[str, Any]
     formats: tuple[Format, ...]
+    spread: float = 0.05
+    """Of what is added to all trained weights, so that they are not where they begin."""
 
     @property
     def form(self) -> Form:
@@ -46,13 +48,12 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "LoRA": Kind({"kind": "lora", "targets": "attention+ff"}, ("kohya", "diffusers")),
     "LoCon": Kind({"kind": "lora", "targets": "all"}, ("kohya", "diffusers")),
-    "LoHa": Kind({"kind": "loha", "targets": "all"}, ("kohya",)),
+    "LoHa": Kind({"kind": "loha", "targets": "all"}, ("kohya",), spread=0.15),  # of four factors, so it is smaller
     "LoKr": Kind({"kind": "lokr", "targets": "all"}, ("kohya",)),
     "DoRA": Kind({"kind": "dora", "targets": "all"}, ("kohya",)),
     "DoRA of the UNet": Kind({"kind": "dora", "targets": "all", "text_encoder": False}, ("kohya", "diffusers")),
 }
 RANK, ALPHA = 4, 6.0  # alpha is not the rank, so that a client that takes it for that shows
-SPREAD = 0.05  # of what is added to all trained weights
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,12 @@ def make_cases(subject: Subject, folder: Path, kinds: Sequence[str]) -> Iterator
             yield Case(subject.family, kind, format, file, before, live)
 
 
-def adapt(base: Base, kind: str, spread: float = SPREAD) -> None:
+def adapt(base: Base, kind: str) -> None:
     """Put an adapter on, none of whose weights is where it began."""
     put_on(base, AdapterSection(rank=RANK, alpha=ALPHA, **KINDS[kind].settings), seed=1)
     random = torch.Generator().manual_seed(2)
     for parameter in trained_weights(base).values():
-        parameter.data.add_(spread * torch.randn(parameter.shape, generator=random))
+        parameter.data.add_(KINDS[kind].spread * torch.randn(parameter.shape, generator=random))
 
 
 def published_keys(family: FamilyName, kind: str) -> dict[Format, set[str]]:
