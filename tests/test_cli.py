@@ -97,7 +97,7 @@ def test_from_init_to_export(tmp_path: Path, pictures: Path):
         assert picture.size == (64, 64)
 
     out = lorasmith(tmp_path, "export", "runs/mine", "--format", "diffusers", "--precision", "fp32", "--out", "own")
-    assert Path(out.stdout.strip()).parent.name == "own"
+    assert Path(out.stdout.splitlines()[0]) == Path("own", "mine-diffusers.safetensors")
 
 
 def test_plan_as_json_counts_everything(config: Path):

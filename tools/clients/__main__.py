@@ -18,7 +18,7 @@ from lorasmith.trainer.errors import LorasmithError, UserError
 from lorasmith.trainer.files import write_text
 
 from .asked import CLIENTS, RealClient, ask, ask_detection, foresee, slips
-from .bases import ARCHITECTURE, FamilyName, Subject, make_subject
+from .bases import ARCHITECTURE, FamilyName, Subject, make_subject, threads
 from .cases import KINDS, Case, make_cases
 from .drawn import draw_all
 from .places import CYLLAMA, INVOKEAI, LOG, NotAtHand
@@ -105,7 +105,8 @@ def prepared(family: FamilyName, kinds: Sequence[str], place: Path, full: bool) 
     say(f"making {family} files in {folder}")
     subject = make_subject(family, folder, full)
     (folder / "files").mkdir(exist_ok=True)
-    return subject, list(make_cases(subject, folder / "files", kinds))
+    with threads(subject.threads):
+        return subject, list(make_cases(subject, folder / "files", kinds))
 
 
 def among(names: Sequence[str], known: Sequence[str], option: str) -> list[str]:

@@ -86,8 +86,15 @@ def ask(
     out = folder / "answers"
     out.mkdir(parents=True, exist_ok=True)
     files = {case.file.stem: str(case.file) for case in cases}
-    job = {"base": str(subject.base), "family": subject.family, "given": str(subject.given), "out": str(out)}
-    lines = run_script(python, job | {"files": files}, client.runner, folder)
+    job = {
+        "base": str(subject.base),
+        "family": subject.family,
+        "given": str(subject.given),
+        "threads": subject.threads,
+        "out": str(out),
+        "files": files,
+    }
+    lines = run_script(python, job, client.runner, folder)
     said = {str(line["name"]): line["refused"] for line in lines}
     if dead := [stem for stem in files if stem not in said]:
         raise UserError(f"died before it answered about {dead[0]}", client.title, f"See {folder / LOG}.")

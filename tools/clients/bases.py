@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,16 +56,30 @@ class Subject:
     """A diffusers folder."""
     given: Path
     """Inputs for all its parts; see `runners/asking.py`."""
+    threads: int
+    """How many work on it: layers as narrow as these lose time to a second one, and much on a busy computer."""
 
 
 def make_subject(family: FamilyName, folder: Path, full: bool = False) -> Subject:
     """Write a base with random weights, narrow or as wide as the published one, and its inputs; once."""
-    subject = Subject(family, folder / "base", folder / "given.safetensors")
+    threads = torch.get_num_threads() if full else 1
+    subject = Subject(family, folder / "base", folder / "given.safetensors", threads)
     if not subject.given.is_file():
         base = _random_base(family, full)
         save_model_folder(base, subject.base, "fp16" if full else "fp32")
         save_file(_inputs(base), subject.given)
     return subject
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Within the block torch works in so many threads."""
+    kept = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(kept)
 
 
 def _random_base(family: FamilyName, full: bool) -> Base:

@@ -32,8 +32,7 @@ class Verdict:
     found: Reading
     expected: Reading
     errors: Mapping[str, float]
-    """By part, |client - live| / |live - base|; infinite where there should be no effect and there is. Empty if it
-    refused, and where the question was not what it does but whether it finds the base."""
+    """See `errors_of`; empty if it refused, and where it was asked not what it does but whether it finds the base."""
     said: str = ""
     """With what it refused."""
 
@@ -83,12 +82,11 @@ class Report:
 def errors_of(
     client: Mapping[str, Tensor], live: Mapping[str, Tensor], before: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """|client - live| / |live - base| of each part; parts that the adapter leaves alone must stay as they are."""
+    """|client - live| / |live - base| of each part, and / |base| of one that the adapter leaves alone."""
     errors = {}
     for part, meant in live.items():
-        effect, error = float((meant - before[part]).norm()), float((client[part] - meant).norm())
-        whole = float(before[part].norm())
-        errors[part] = error / effect if effect else 0.0 if error <= STILL * whole else float("inf")
+        effect = float((meant - before[part]).norm()) or float(before[part].norm())
+        errors[part] = float((client[part] - meant).norm()) / effect
     return errors
 
 

@@ -1,9 +1,9 @@
 """What the runners share: for each file, a base loaded anew, the client's own way to put the file on, and questions.
 
 A runner is a script for a client's own environment; beside it this module needs torch and safetensors alone. It is
-called with a job (JSON): `base` a diffusers folder, `family`, `given` the inputs, `out` a folder for answers, `files`
-{name: path}. For each file it prints a line of JSON: {"name", "refused"}, where `refused` is what the client said, or
-null when `out/name.safetensors` holds the answers. All else that a client prints goes to stderr.
+called with a job (JSON): `base` a diffusers folder, `family`, `given` the inputs, `threads` to work in, `out` a folder
+for answers, `files` {name: path}. For each file it prints a line of JSON: {"name", "refused"}, where `refused` is what
+the client said, or null when `out/name.safetensors` holds the answers. All else that a client prints goes to stderr.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def answers(unet: Any, text_encoders: Mapping[str, Any], given: Mapping[str, Ten
 def run(applied: Applied) -> None:
     """Carry out the job that the command line names."""
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    torch.set_num_threads(job["threads"])
     given = load_file(job["given"])
     for name, file in job["files"].items():
         refused = None
