@@ -350,7 +350,8 @@ def saved_tokenizer(info: BaseInfo, name: str) -> CLIPTokenizer:
     Raises:
         BaseModelError: if it is such a one.
     """
-    found = CLIPTokenizer.from_pretrained(info.source, subfolder=name, revision=info.revision or None)
+    place: dict[str, Any] = {"subfolder": name, "revision": info.revision or None}
+    found = CLIPTokenizer.from_pretrained(info.source, **place)
     if len(found.get_vocab()) <= len(set(found.all_special_tokens)):
         what = "holds no words: vocab.json and merges.txt, or tokenizer.json, are missing"
         raise BaseModelError(

@@ -207,7 +207,8 @@ def facts_of(trained: Trained, name: str) -> Facts:
     recent = [r.event.loss for r in steps[-_RECENT:] if isinstance(r.event, Step)]
     planned = next((r.event for r in reversed(records) if isinstance(r.event, PlanMade)), PlanMade(0, 0))
     dataset, shows = planned.plan.get("dataset", {}), planned.plan.get("shows_per_image")
-    paths = {Path(data.path).name: data.path for data in trained.config.data}
+    tagged: dict[str, Any] = dataset.get("tag_frequency", {})
+    paths: dict[Any, str] = {Path(data.path).name: data.path for data in trained.config.data}
     return Facts(
         name=name,
         config=trained.config,
@@ -216,7 +217,7 @@ def facts_of(trained: Trained, name: str) -> Facts:
             for folder, n, repeats, trigger in dataset.get("folders", [])
         ),
         buckets={(width, height): images for width, height, images in dataset.get("buckets", [])},
-        tag_frequency={paths.get(folder, folder): tags for folder, tags in dataset.get("tag_frequency", {}).items()},
+        tag_frequency={paths.get(name, name): tags for name, tags in tagged.items()},
         steps=trained.step,
         planned_steps=planned.steps or None,
         images_seen=trained.images,
