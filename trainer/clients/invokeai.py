@@ -10,6 +10,7 @@ layer by diffusers' path, in the UNet under `lora_unet_`, in text encoders under
 from __future__ import annotations
 
 import math
+import re
 
 from ..architectures import FAMILY_TITLES, FamilyName
 from .a1111 import lengths_of_columns
@@ -89,6 +90,13 @@ def _unconverted(keys: list[str], tree: Tree) -> str:
     return ""
 
 
+_DEEP = re.compile(
+    r"lora_unet_(?:(?:down|up)_blocks_\d+_attentions_\d+|mid_block_attentions_\d+"
+    r"|(?:in|out)put_blocks_\d+_\d+|middle_block_\d+)_transformer_blocks_(?:[2-9]|\d\d+)_"
+)
+"""The third layer or a later one of an attention block."""
+
+
 def _unlike_its_base(contents: Contents, tree: Tree) -> str:
     """Why it does not offer the file for this base."""
     if not any(key.startswith(_MARKS) or key.endswith(_MARKS_AT_THE_END) for key in contents.shapes):
@@ -96,9 +104,12 @@ def _unlike_its_base(contents: Contents, tree: Tree) -> str:
     # A base of other widths than the published ones cannot be told from a file; the names decide alone then.
     widths: dict[int, FamilyName] = {**_WIDTHS, tree.text_width: tree.family}
     width = _text_width(contents)
-    if width is None or width not in widths:
+    guess = None if width is None else widths.get(width)
+    if guess is None and any(map(_DEEP.match, contents.shapes)):
+        guess = "sdxl"  # only SDXL's blocks are so deep
+    if guess is None:
         return "it does not find out by the widths of the tensors for which base the file is"
-    if (guess := widths[width]) != tree.family:
+    if guess != tree.family:
         return f"by the widths of the tensors it takes the file for one of {FAMILY_TITLES[guess]}"
     return ""
 

@@ -47,7 +47,7 @@ _INSTEAD = "lorasmith resize writes a plain LoRA of it"
 _NOTES: dict[Form, str] = {
     "dora": "diffusers reads it of the UNet alone: with text encoders (adapter.text_encoder) no diffusers file is "
     "written.",
-    "lokr": "InvokeAI would read it, but does not find out for which base it is.",
+    "lokr": "InvokeAI would read it, but finds out for which base it is only if that is an SDXL.",
     "full": "what oft and boft change is stored whole, so that the file is as large as the adapted layers.",
 }
 
