@@ -29,7 +29,7 @@ from .bases import BaseInfo, hub_answers
 from .delta import Changes, Delta
 from .errors import BaseModelError, ExportError, UserError, first_line
 from .export import DTYPES, Precision
-from .files import rename
+from .files import until_verified
 from .ldm import from_ldm, ldm_parts, ldm_tensor, text_name, vae_from_file, with_text_model
 from .lorafile import LoraFile
 from .loraread import read_lora
@@ -466,11 +466,7 @@ def write_verified(writer: TensorWriter, target: Path, header: Mapping[str, str]
     Raises:
         ExportError: if what was read is not what the writer was given.
     """
-    unverified = target.with_name(f"{target.stem}.unverified.safetensors")
-    try:
+    with until_verified(target) as unverified:
         writer.write(unverified, header)
         if LoraFile.open(unverified).hashes.tensors != writer.digest():
             raise ExportError("was not read back as it was written", str(target), "The disk may be broken.")
-        rename(unverified.replace, target)
-    finally:
-        unverified.unlink(missing_ok=True)

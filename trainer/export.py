@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .adapter import ADAPTER, scale_of, tuner_layers
 from .delta import Changes, Delta, refactored
 from .errors import ExportError, Problem
-from .files import rename
+from .files import until_verified
 from .keys import ALPHA, Format, base_name, component_of, leaf_of
 from .lorafile import Hashes, LoraFile
 from .models import Base
@@ -78,13 +78,9 @@ def export(
     Raises:
         ExportError: if what is on disk is not the same as the live model.
     """
-    unverified = path.with_name(f"{path.stem}.unverified.safetensors")
-    try:
+    with until_verified(path) as unverified:
         exported = write(base, unverified, format, facts, precision, changes)
         verification = verify(unverified, base, load_fresh, changes)
-        rename(unverified.replace, path)
-    finally:
-        unverified.unlink(missing_ok=True)
     return dataclasses.replace(exported, path=path, verification=verification)
 
 

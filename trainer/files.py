@@ -30,6 +30,18 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def until_verified(target: Path) -> Iterator[Path]:
+    """Yield the name that a LoRA file or model has until it was found to be what was meant; it gets the target's when
+    the block succeeds, and is gone if not."""
+    unverified = target.with_name(f"{target.stem}.unverified.safetensors")
+    try:
+        yield unverified
+        rename(unverified.replace, target)
+    finally:
+        unverified.unlink(missing_ok=True)
+
+
+@contextmanager
 def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary folder; rename it to `path` when the block succeeds.
 

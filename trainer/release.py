@@ -21,7 +21,6 @@ from torch import Tensor
 
 from . import __version__
 from .adapter import reads_tokens, strength
-from .anatomy import skeleton
 from .baking import bake
 from .bases import BaseInfo, FamilyName
 from .clients.reading import read_by_clients
@@ -133,7 +132,7 @@ def _derived(
 
 def _report(exported: Exported, base: Base) -> dict[str, Any]:
     """How near a file is to what was trained, and what each client makes of it."""
-    readings = read_by_clients(LoraFile.open(exported.path), skeleton(base.info))
+    readings = read_by_clients(LoraFile.open(exported.path), base)
     facts = asdict(exported)
     clients = [asdict(reading) | {"unused": len(reading.unused)} for reading in readings]
     return {"file": facts.pop("path").name, **facts, "clients": clients}

@@ -60,6 +60,7 @@ class TensorWriter:
     def __init__(self, spool: IO[bytes]) -> None:
         self._spool = spool
         self._parts: dict[str, _Part] = {}
+        self._digest = ""  # of what is there; computed once, for a model is gigabytes
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -78,6 +79,7 @@ class TensorWriter:
             content: Any = flat.view(torch.uint8).numpy()
             self._spool.write(content)
         self._parts[key] = _Part(tensor.dtype, tuple(tensor.shape), start, flat.numel() * flat.element_size())
+        self._digest = ""
 
     @property
     def keys(self) -> list[str]:
@@ -90,10 +92,12 @@ class TensorWriter:
 
     def digest(self) -> str:
         """SHA-256 of the bytes after the header, lower-case hex: its first 12 digits are AutoV3."""
-        whole = hashlib.sha256()
-        for block in self._blocks():
-            whole.update(block)
-        return whole.hexdigest()
+        if not self._digest:
+            whole = hashlib.sha256()
+            for block in self._blocks():
+                whole.update(block)
+            self._digest = whole.hexdigest()
+        return self._digest
 
     def legacy_hash(self, metadata: Mapping[str, str]) -> str:
         """A1111's first hash, of 64 KiB from 1 MiB on, of the file that would have this header; 8 digits."""
@@ -111,8 +115,7 @@ class TensorWriter:
         Raises:
             UserError: if its name does not end in .safetensors.
         """
-        if path.suffix != ".safetensors":
-            raise UserError("does not end in .safetensors", str(path), "Clients go by the ending: add it.")
+        require_ending(path)
         with atomic_file(path) as temporary, temporary.open("wb") as file:
             for block in self._whole(metadata):
                 file.write(block)
@@ -145,6 +148,16 @@ class TensorWriter:
 
     def _sorted(self) -> list[tuple[str, _Part]]:
         return sorted(self._parts.items(), key=lambda entry: (-_ORDER.index(entry[1].dtype), entry[0]))
+
+
+def require_ending(path: Path) -> None:
+    """Clients look for files of one ending.
+
+    Raises:
+        UserError: if the file has another.
+    """
+    if path.suffix != ".safetensors":
+        raise UserError("does not end in .safetensors", str(path), "Clients go by the ending: add it.")
 
 
 @contextmanager

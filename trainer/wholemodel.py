@@ -28,6 +28,7 @@ from .ldm import from_ldm, to_ldm, with_text_model
 from .models import FAMILIES, Base, clip_tokenizer, load_base
 from .sharing.metadata import architecture_of
 from .singlefile import COMPONENTS, SingleFile, read_single_file
+from .tensorfile import require_ending
 
 Weights = dict[str, dict[str, Tensor]]
 """By component and by the names that diffusers gives them on disk."""
@@ -40,8 +41,7 @@ def save_checkpoint_file(base: Base, path: Path, precision: Precision = "fp16") 
         ExportError: if an adapter is on, a weight is not finite or has no place in such a file, or what was read back
             is not the same.
     """
-    if path.suffix != ".safetensors":
-        raise UserError("does not end in .safetensors", str(path), "Clients go by the ending: add it.")
+    require_ending(path)
     family, shapes = base.info.family, (base.unet.config, base.vae.config)
     weights, header = _weights(base, precision), checkpoint_header(base, path.stem)
     with atomic_file(path) as temporary:

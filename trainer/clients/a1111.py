@@ -28,6 +28,7 @@ from .taking import (
     change_of,
     fits,
     kind_of,
+    lengths_of_columns,
     refused,
     unreadable_alpha,
 )
@@ -48,11 +49,6 @@ _OUTSIDE = {"conv_in": "input_blocks_0_0", "conv_out": "out_2"}
 _TIME = re.compile(r"time_embedding_linear_(\d{1,4})")
 _TEXT = re.compile(r"lora_te(2?)_text_model_encoder_layers_(\d+)_(.+)")
 _OPEN_CLIP = {"mlp_fc1": "mlp_c_fc", "mlp_fc2": "mlp_c_proj", "self_attn": "attn"}
-
-
-def lengths_of_columns(axis: str) -> str:
-    """What clients do wrong that know LyCORIS' first DoRA, which has the lengths of columns."""
-    return "" if axis == "columns" else "it takes DoRA's lengths of rows for those of columns"
 
 
 def read(contents: Contents, tree: Tree) -> Taken:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .a1111 import lengths_of_columns
 from .contents import ALPHA, Contents
 from .taking import (
     BIAS,
@@ -32,6 +31,7 @@ from .taking import (
     fits,
     grouped,
     kind_of,
+    lengths_of_columns,
     refused,
     unreadable_alpha,
 )

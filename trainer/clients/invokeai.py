@@ -13,7 +13,6 @@ import math
 import re
 
 from ..architectures import FAMILY_TITLES, FamilyName
-from .a1111 import lengths_of_columns
 from .contents import Contents
 from .taking import (
     FULL,
@@ -29,6 +28,7 @@ from .taking import (
     fits,
     grouped,
     kind_of,
+    lengths_of_columns,
     refused,
     unreadable_alpha,
 )

@@ -8,7 +8,6 @@ another one. It warns with counts, skips a layer that it does not understand, an
 
 from __future__ import annotations
 
-from .a1111 import lengths_of_columns
 from .contents import Contents
 from .taking import (
     FULL,
@@ -21,6 +20,7 @@ from .taking import (
     OFT,
     Taken,
     grouped,
+    lengths_of_columns,
     refused,
     take,
     unreadable_alpha,

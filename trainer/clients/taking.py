@@ -135,6 +135,11 @@ def change_of(
     return Change(layer, frozenset(used.values()), contents.scale_of(leaves) if scale is None else scale, wrong)
 
 
+def lengths_of_columns(axis: str) -> str:
+    """What clients do wrong that know LyCORIS' first DoRA, which has the lengths of columns."""
+    return "" if axis == "columns" else "it takes DoRA's lengths of rows for those of columns"
+
+
 def take(
     contents: Contents,
     groups: Groups,

@@ -28,7 +28,7 @@ from ..models import Base
 from ..paths import path_of
 from ..sharing.facts import Facts, last_part
 from ..sharing.metadata import Shape, as_text, build
-from ..tensorfile import TensorWriter, tensor_writer
+from ..tensorfile import TensorWriter, require_ending, tensor_writer
 
 _OVERSAMPLED = 16  # more parts than are kept, so that those are exact
 _ROUNDS = 4  # of power iteration: fine-tuning's singular values fall slowly
@@ -99,8 +99,7 @@ def extract(
         ExportError: if a change cannot be held in the precision, or was not written as it is.
     """
     _refuse_sizes(rank, energy, conv_rank)
-    if target.suffix != ".safetensors":
-        raise UserError("does not end in .safetensors", str(target), "Clients go by the ending: add it.")
+    require_ending(target)
     new_info, old_info = inspect_base(tuned), inspect_base(original)
     refuse_target(target, [new_info.source, old_info.source])
     new, old = open_alike(new_info, old_info)

@@ -22,13 +22,13 @@ from ..bases import BaseInfo, FamilyName
 from ..delta import Changes, Delta, Form, joined
 from ..errors import ExportError, Problem, UserError
 from ..export import DTYPES, Precision, cast, common_alpha, layer_tensors
-from ..files import rename
+from ..files import until_verified
 from ..keys import Format, base_name, grammar
 from ..lorafile import Hashes, LoraFile
 from ..models import Base
 from ..sharing.facts import BakedFacts
 from ..sharing.metadata import Shape, rewritten
-from ..tensorfile import TensorWriter, tensor_writer
+from ..tensorfile import TensorWriter, require_ending, tensor_writer
 from ..verify import NEGLIGIBLE, WEIGHT_TOLERANCE, is_still, plain_difference, plain_size
 from .sources import layers
 
@@ -111,15 +111,10 @@ class LoraWriter:
             what = "would change nothing: there is no layer in it whose change is not zero"
             raise UserError(what, str(self._target), "Take files that were trained, and strengths other than 0.")
         self._require_near()
-        unverified = self._target.with_name(f"{self._target.stem}.unverified.safetensors")
-        try:
-            said = header(self._tensors)
-            folded = {ALPHAS: json.dumps(dict(self._alphas))} if self._format == "diffusers" else {}
-            self._tensors.write(unverified, said | folded)
+        folded = {ALPHAS: json.dumps(dict(self._alphas))} if self._format == "diffusers" else {}
+        with until_verified(self._target) as unverified:
+            self._tensors.write(unverified, header(self._tensors) | folded)
             hashes = self._read_back(unverified)
-            rename(unverified.replace, self._target)
-        finally:
-            unverified.unlink(missing_ok=True)
         return Written(
             path=self._target,
             format=self._format,
@@ -162,8 +157,7 @@ def lora_writer(target: Path, base: Base, format: Format, alphas: Mapping[str, f
     Raises:
         UserError: if the file's name does not end in .safetensors.
     """
-    if target.suffix != ".safetensors":
-        raise UserError("does not end in .safetensors", str(target), "Clients go by the ending: add it.")
+    require_ending(target)
     with tensor_writer(target.parent) as tensors:
         yield LoraWriter(tensors, target, base, format, alphas)
 
