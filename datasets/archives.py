@@ -5,6 +5,7 @@ An archive may come from anybody. What is refused stands in `_of_the_whole` and 
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import stat
@@ -23,6 +24,8 @@ from .images import IMAGE_SUFFIXES
 from .workers import Progress
 
 MOST_ENTRIES = 100_000
+LARGEST_LIST = 24 * 2**20
+"""Bytes of the list at an archive's end; an entry has 46, its name, and some that its program adds."""
 MOST_BYTES = 20 * 2**30
 MOST_RATIO = 200
 """Text and flat graphics are packed a hundredfold at the most; bombs a thousandfold."""
@@ -62,11 +65,11 @@ class Archive:
         Raises:
             DataError: with every entry that is damaged or refused.
         """
-        try:
-            archive = zipfile.ZipFile(self.path)
-        except _DAMAGE as error:
-            raise self._unreadable(error) from error
-        with archive:
+        with _Bounded(self.path.open("rb", buffering=0)) as file:
+            try:
+                archive = zipfile.ZipFile(file)
+            except _DAMAGE as error:
+                raise self._unreadable(error) from error
             entries = [_Entry(info) for info in archive.infolist()]
             problems = [*self._of_the_whole(entries), *self._of_entries(entries)]
             if problems:
@@ -143,6 +146,15 @@ class Archive:
     def _problem(self, what: str, fix: str, entry: _Entry | None = None) -> Problem:
         where = f"{self.written} entry {entry.info.orig_filename!r}" if entry else self.written
         return Problem(where, what, fix)
+
+
+class _Bounded(io.BufferedReader):
+    """An archive's file. zipfile reads the list of all entries in one piece, and makes of it many times its size."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > LARGEST_LIST:
+            raise zipfile.BadZipFile(f"the list of its entries has {size:,} bytes; {LARGEST_LIST:,} is the most")
+        return super().read(size)
 
 
 class _Entry:

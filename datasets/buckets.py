@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -167,13 +168,13 @@ class BatchOrder:
             yield [next(batches) for _ in range(batches_per_step)]
 
 
-def images_by_step(order: BatchOrder, batches_per_step: int, budget: int) -> list[int]:
-    """Images seen after each step, up to the first step that reaches the budget; its length is the number of steps."""
-    seen: list[int] = []
-    total = 0
-    for step in order.steps(batches_per_step):
-        total += sum(len(batch) for batch in step)
-        seen.append(total)
-        if total >= budget:
-            return seen
-    raise AssertionError("the order is endless")
+def images_by_step(order: BatchOrder, batches_per_step: int, budget: int, step: int = 0, seen: int = 0) -> list[int]:
+    """Images seen after each further step, up to the first that reaches the budget, by a run that stands at `step`
+    and has seen so many; none if it has reached the budget."""
+    after: list[int] = []
+    for batches in islice(order.steps(batches_per_step), step, None):
+        if seen >= budget:
+            break
+        seen += sum(map(len, batches))
+        after.append(seen)
+    return after

@@ -2,15 +2,18 @@
 
 The key of latents is a hash of the image file's bytes, the view, the VAE in its precision and `CODE_VERSION`; of a mask
 is one of its file's bytes and the view; of embeddings, of the caption and the text encoders' weights. Entries live
-outside the dataset folder, and may be deleted at any time.
+outside the dataset folder, and may be deleted at any time. Each holds a checksum, which is compared at every read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple
 from itertools import groupby
 from pathlib import Path
@@ -19,12 +22,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ..trainer.errors import DataError
-from ..trainer.files import atomic_file, sha256_of
+from ..trainer.files import quick_file, remove_leftovers, sha256_of
+from ..trainer.memory import full_memory_is, in_halves, memory_of
 from .dataset import Example, Showing, read_mask, read_pixels
+from .images import UnreadableImageError
 from .views import View
 from .workers import Progress
 
@@ -41,6 +46,10 @@ _READERS = 2
 """Threads that decode the next pictures while these are encoded."""
 
 
+class GoneError(DataError):
+    """What was in a cache when it was filled is there no more, or damaged."""
+
+
 class Cache:
     """A folder of safetensors files, each named by the hash of what it was made from."""
 
@@ -52,15 +61,52 @@ class Cache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def read(self, path: Path) -> dict[str, Tensor] | None:
-        """An entry's tensors; None if it is absent or damaged."""
+        """An entry's tensors; None if it is absent, damaged, or cannot be read.
+
+        It is not mapped into memory: where a drive fails, a read is refused, but a map would end the process.
+        """
         try:
-            return load_file(path)
-        except (FileNotFoundError, SafetensorError):
+            content = path.read_bytes()
+            stated, found = _checksums(content)
+            return load(content) if stated == found else None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError):
             return None
 
     def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        with atomic_file(path) as temporary:
-            save_file(tensors, temporary)
+        """
+        Raises:
+            DataError: if the folder does not take it.
+        """
+        _, checksum = _checksums(save(tensors))
+        content = save(tensors, {_CHECKSUM: checksum})
+        try:
+            if path.is_dir():  # which no entry is
+                shutil.rmtree(path)
+            with quick_file(path) as temporary:
+                temporary.write_bytes(content)
+        except OSError as error:
+            fix = "Make room there, or set runtime.cache to another folder."
+            raise DataError(f"cannot be written ({error.strerror or error})", str(self.folder), fix) from error
+
+    def clear_up(self) -> None:
+        """Remove what processes that were killed had half written."""
+        remove_leftovers(self.folder, below=True)
+
+
+_CHECKSUM = "checksum"
+
+
+def _checksums(content: bytes) -> tuple[str | None, str]:
+    """The checksum that an entry states, and that of the names, types, shapes and numbers which it holds.
+
+    CRC-32 takes half as long as SHA-256, and finds all but one of four billion damages. It keeps out nobody who means
+    harm, but whoever may write into the cache could write true entries too.
+    """
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    stated = header.pop("__metadata__", {}).get(_CHECKSUM)
+    told = json.dumps(header, sort_keys=True).encode()
+    return stated, f"{zlib.crc32(memoryview(content)[start:], zlib.crc32(told)):08x}"
 
 
 class LatentCache:
@@ -78,11 +124,14 @@ class LatentCache:
         """Encode what is missing, pictures of one size together; returns how many were encoded.
 
         Raises:
-            DataError: if an image has changed since it was scanned, or its latents are not finite.
+            DataError: if an image has changed since it was scanned, or can be read no more, or its latents are not
+                finite, or the cache cannot be written.
         """
         views = [(example, view) for example in examples for view in example.views]
         missing = [pair for pair in views if self.cache.read(self.path(*pair)) is None]
         present, files = len(views) - len(missing), _Unchanged()
+        if missing:
+            self.cache.clear_up()
         progress(present, len(views))
         with ThreadPoolExecutor(_READERS) as readers:
             batches = list(batches_of_one_size(missing, 0 if base.device.type == "cpu" else _PIXELS_AT_ONCE))
@@ -91,7 +140,7 @@ class LatentCache:
                 pixels = coming.pop(0).result()
                 if number + _READERS < len(batches):
                     coming.append(readers.submit(_pixels_of, batches[number + _READERS]))
-                for (example, view), entry in zip(batch, encode(base, batch, pixels), strict=True):
+                for (example, view), entry in zip(batch, encode_what_fits(base, batch, pixels), strict=True):
                     files.check(example.item.path, example.item.sha256)
                     self.cache.write(self.path(example, view), entry)
                 present += len(batch)
@@ -103,9 +152,8 @@ class LatentCache:
         entries = [self.cache.read(self.path(shown.example, shown.view)) for shown in showings]
         for entry, shown in zip(entries, showings, strict=True):
             if entry is None:
-                raise DataError(
-                    "its cached latents have gone", str(shown.example.item.path), "Resume the run to make them anew."
-                )
+                what, where = "its cached latents are gone, or damaged", str(shown.example.item.path)
+                raise GoneError(what, where, "Resume the run to make them anew.")
         present = [entry for entry in entries if entry is not None]
         return torch.stack([entry["mean"] for entry in present]), torch.stack([entry["std"] for entry in present])
 
@@ -123,7 +171,45 @@ def batches_of_one_size(views: Sequence[Shown], pixels: int) -> Iterator[list[Sh
 
 
 def _pixels_of(batch: Sequence[Shown]) -> np.ndarray:
-    return np.stack([read_pixels(example, view) for example, view in batch])
+    return np.stack([_pixels(example, view) for example, view in batch])
+
+
+def _pixels(example: Example, view: View) -> np.ndarray:
+    with _readable(example.item.path):
+        return read_pixels(example, view)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """A file that was read when it was scanned may have been removed since, or its disk unplugged."""
+    try:
+        yield
+    except (OSError, UnreadableImageError) as error:
+        why = error.strerror if isinstance(error, OSError) else None
+        fix = "Put it back, or connect its disk again, and start again."
+        raise DataError(f"can be read no more ({why or error})", str(file), fix) from error
+
+
+def encode_what_fits(base: Base, batch: Sequence[Shown], pixels: np.ndarray) -> list[dict[str, Tensor]]:
+    """As `encode`; where the memory does not hold all of them, in halves, down to one picture.
+
+    Raises:
+        DataError: if it does not hold a single one.
+    """
+
+    def together(part: Sequence[tuple[Shown, np.ndarray]]) -> list[dict[str, Tensor]]:
+        mine = [shown for shown, _ in part]
+        with full_memory_is(_too_large(*mine[0], base)) if len(mine) == 1 else nullcontext():
+            return encode(base, mine, np.stack([own for _, own in part]))
+
+    return in_halves(together, list(zip(batch, pixels, strict=True)))
+
+
+def _too_large(example: Example, view: View, base: Base) -> DataError:
+    width, height = view.fit.bucket
+    what = f"{memory_of(base.device)} does not hold it in the VAE, at {width} x {height} pixels"
+    smaller = "" if base.vae.dtype != torch.float32 else 'set runtime.vae_precision = "bf16", '
+    return DataError(what, str(example.item.path), f"Lower data.resolution, {smaller}or end what else uses it.")
 
 
 def encode(base: Base, batch: Sequence[Shown], pixels: np.ndarray) -> list[dict[str, Tensor]]:
@@ -151,8 +237,10 @@ class _Unchanged:
 
     def check(self, file: Path, sha256: str) -> None:
         """A file with many views is read once, unless its size or date changes in between."""
-        size_and_date = file.stat().st_size, file.stat().st_mtime_ns
-        if self.seen.get(file) != size_and_date and sha256_of(file) != sha256:
+        with _readable(file):
+            size_and_date = file.stat().st_size, file.stat().st_mtime_ns
+            is_same = self.seen.get(file) == size_and_date or sha256_of(file) == sha256
+        if not is_same:
             raise DataError("has changed since it was scanned", str(file), "Start again.")
         self.seen[file] = size_and_date
 
@@ -174,9 +262,12 @@ class MaskCache:
         views = [(example, view) for example in examples if example.is_masked for view in example.views]
         missing = [pair for pair in views if self.cache.read(self.path(*pair)) is None]
         files = _Unchanged()
+        if missing:
+            self.cache.clear_up()
         for done, (example, view) in enumerate(missing):
             progress(done, len(missing))
-            mask = torch.from_numpy(read_mask(example, view, self.factor)).contiguous()
+            with _readable(example.item.mask.path if example.item.mask else example.item.path):
+                mask = torch.from_numpy(read_mask(example, view, self.factor)).contiguous()
             if example.item.mask:
                 files.check(example.item.mask.path, example.item.mask.sha256)
             self.cache.write(self.path(example, view), {"mask": mask})
@@ -194,7 +285,7 @@ class MaskCache:
         entry = self.cache.read(self.path(shown.example, shown.view))
         if entry is None:
             where = str(shown.example.item.path)
-            raise DataError("its cached mask has gone", where, "Resume the run to make it anew.")
+            raise GoneError("its cached mask is gone, or damaged", where, "Resume the run to make it anew.")
         return entry["mask"][None]
 
 
@@ -211,9 +302,11 @@ class TextCache:
     def fill(self, base: Base, captions: Sequence[str], progress: Progress) -> int:
         """Encode what is missing; returns how many captions were encoded."""
         missing = [caption for caption in dict.fromkeys(captions) if self.cache.read(self.path(caption)) is None]
+        if missing:
+            self.cache.clear_up()
         for done, caption in enumerate(missing):
             progress(done, len(missing))
-            with torch.no_grad():
+            with torch.no_grad(), full_memory_is(_too_long(caption, base)):
                 conditions = base.encode([caption]).to("cpu", torch.float32)
             entry = {"hidden": conditions.hidden[0].contiguous()}
             if conditions.pooled is not None:
@@ -230,7 +323,13 @@ class TextCache:
         for caption in captions:
             entry = self.cache.read(self.path(caption))
             if entry is None:
-                raise DataError("its cached text embedding has gone", repr(caption), "Resume the run to make it anew.")
+                what = "its cached text embedding is gone, or damaged"
+                raise GoneError(what, repr(caption), "Resume the run to make it anew.")
             entries.append(entry)
         pooled = torch.stack([entry["pooled"] for entry in entries]) if "pooled" in entries[0] else None
         return Conditions(same_length([entry["hidden"] for entry in entries]), pooled)
+
+
+def _too_long(caption: str, base: Base) -> DataError:
+    what = f"{memory_of(base.device)} does not hold it in the text encoders"
+    return DataError(what, repr(caption), "End what else uses it, or shorten the caption if it is very long.")

@@ -7,7 +7,7 @@ Pictures are prepared in numpy and Pillow alone, so that this can be done in a t
 from __future__ import annotations
 
 import csv
-import json
+import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,8 +18,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from ..trainer.bases import hub_answers
+from ..trainer.bases import NO_MODEL, hub_answers
 from ..trainer.errors import UserError, first_line
+from ..trainer.jsonfile import read_json
 
 Kind = Literal["blip", "florence2", "wd-tagger"]
 Style = Literal["sentence", "detailed", "paragraph", "tags"]
@@ -197,8 +198,8 @@ _CLASSES: dict[Any, str] = {"blip": "BlipForConditionalGeneration", "florence2":
 def _read_json(files: ModelFiles) -> dict[str, Any]:
     path = files.file("config.json")
     try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values = read_json(path) if path else {}
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error})", "--model", "Save or download the model again.") from None
     return values if isinstance(values, dict) else {}
 
@@ -232,7 +233,7 @@ class _Transformer:
             self.images = transformers.AutoImageProcessor.from_pretrained(files.source, backend="pil", **where)
             model_class = getattr(transformers, _CLASSES[choice.kind])
             loaded = model_class.from_pretrained(files.source, dtype=self.dtype, output_loading_info=True, **where)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        except (*NO_MODEL, OSError, SafetensorError, pickle.UnpicklingError) as error:
             if not files.local and not files.online:
                 raise files.lacks("") from error
             fix = "Save or download it again: it needs config.json, weights, and its processor's files."

@@ -121,7 +121,7 @@ def drop_tags(tags: Sequence[str], rate: float, draw: random.Random, trigger: st
 # wildcards
 
 
-_INNERMOST = re.compile(r"\{([^{}]*\|[^{}]*)\}")
+_INNERMOST = re.compile(r"\{([^{}|]*\|[^{}]*)\}")
 
 
 def has_wildcard(caption: str) -> bool:

@@ -10,18 +10,19 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ..trainer.errors import Problem, UserError
+from ..trainer.errors import Problem
 from .captions import TRIGGER_PLACE, has_word, with_trigger
 from .dataset import LEAST_SIDE, unfit
-from .folder import Item, look
+from .folder import Item
 from .images import LAID_ON_WHITE, NOTHING_SHOWN
+from .listing import Mapper, list_images, look_at
 from .photometry import NORMAL_SIDE, Measures, measure
 from .sidecars import Lines
 from .tokens import CHUNK, is_common_word, weigh
@@ -46,6 +47,8 @@ class Finding:
     """A path below the folder, or the folder itself if it concerns the whole set."""
     what: str
     fix: str
+    images: tuple[str, ...] = ()
+    """The images that it is about, by their paths below the folder; of duplicates the one to keep comes first."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,10 @@ class Case:
         shown = ", ".join(self.name(item) for item in items[:_NAMES])
         return shown if len(items) <= _NAMES else f"{shown} and {len(items) - _NAMES} more"
 
+    def about(self, items: Iterable[Item]) -> tuple[str, ...]:
+        """All their names, as a finding has them."""
+        return tuple(map(self.name, items))
+
     @property
     def captioned(self) -> list[Item]:
         return [item for item in self.items if any(item.captions)]
@@ -124,18 +131,20 @@ def examine(
     trigger: str = "",
     lines: Lines = "join",
     progress: Progress = lambda _what, _done, _total: None,
+    mapper: Mapper = map_files,
 ) -> Examination:
     """Read, measure and check a folder; nothing in it is changed.
+
+    Args:
+        mapper: what reads the files; a `Memory`'s map spares those that it knows.
 
     Raises:
         UserError: if there is no such folder.
     """
-    if not folder.is_dir():
-        what = "is a file, not a folder of images" if folder.is_file() else "there is no such folder"
-        raise UserError(what, str(folder), "Name the folder that holds your images.")
-    found = look(folder, lines, progress=lambda done, total: progress("reading", done, total))
+    listing = list_images(folder, lines)
+    found = look_at(listing, lambda done, total: progress("reading", done, total), mapper)
     paths = [item.path for item in found.items]
-    measured = map_files(measure, paths, lambda done, total: progress("measuring", done, total))
+    measured = mapper(measure, paths, lambda done, total: progress("measuring", done, total))
     measures = dict(zip(paths, measured, strict=True))
     case = Case(folder, found.items, measures, resolution, trigger.strip())
     findings = [
@@ -172,7 +181,7 @@ def converted(case: Case) -> Iterator[Finding]:
                 check, fix = "transparent", "Remove it: a plain white picture is all that would be learned of it."
             else:
                 check, fix = "converted", "Nothing to do, if it looks right."
-            yield Finding(check, "note", case.name(item), note, fix)
+            yield Finding(check, "note", case.name(item), note, fix, case.about([item]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,14 +252,21 @@ _BITS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 def exact_duplicates(case: Case) -> Iterator[Finding]:
     for first, *others in same_files(case.items):
         what = f"is the same file as {case.names(others)}, so that it counts {len(others) + 1} times"
-        yield Finding("same file", "warning", case.name(first), what, "Keep one; for more weight use data.weight.")
+        fix = "Keep one; for more weight use data.weight."
+        yield Finding("same file", "warning", case.name(first), what, fix, case.about(_best_first([first, *others])))
+
+
+def _best_first(group: Sequence[Item]) -> list[Item]:
+    """Those with a caption first, else in their order: with the one that is kept its words are kept."""
+    return sorted(group, key=lambda item: not any(item.captions))
 
 
 def near_duplicates(case: Case) -> Iterator[Finding]:
     for largest, *others in alike(case.items, case.measures):
         what = f"is nearly the same picture as {case.names(others)}"
         fix = "Keep the best one: what is seen more often is learned by heart, not as a style."
-        yield Finding("same picture", "warning", case.name(largest), what, fix)
+        images = case.about(_best_first([largest, *others]))
+        yield Finding("same picture", "warning", case.name(largest), what, fix, images)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,7 +291,7 @@ def too_small(case: Case) -> Iterator[Finding]:
         if enlarged > _ENLARGED and min(item.width, item.height) >= LEAST_SIDE:
             what = f"is {item.width} x {item.height}; for {case.resolution} it is enlarged {enlarged:.3g} times"
             fix = f"Find a larger original, or train at data.resolution = {max(64, int(side) // 64 * 64)}."
-            yield Finding("too small", "warning", case.name(item), what, fix)
+            yield Finding("too small", "warning", case.name(item), what, fix, case.about([item]))
 
 
 def blurred(case: Case) -> Iterator[Finding]:
@@ -283,11 +299,13 @@ def blurred(case: Case) -> Iterator[Finding]:
     soft = [item for item in case.items if radii[item.path] > _BLURRED]
     if len(soft) > 2 and len(soft) > _MOSTLY * len(case.items):
         what = f"{len(soft)} of {len(case.items)} images are soft, blurred by {_BLURRED:g} px or more"
-        yield Finding("blurred", "note", str(case.folder), what, "If that is the style, there is nothing to do.")
+        fix = "If that is the style, there is nothing to do."
+        yield Finding("blurred", "note", str(case.folder), what, fix, case.about(soft))
         return
     for item in soft:
         what = f"is blurred, by about {radii[item.path]:.1f} px even where it is sharpest (at {NORMAL_SIDE} px)"
-        yield Finding("blurred", "warning", case.name(item), what, "Take a sharper picture, or remove it.")
+        fix = "Take a sharper picture, or remove it."
+        yield Finding("blurred", "warning", case.name(item), what, fix, case.about([item]))
 
 
 def blocky(case: Case) -> Iterator[Finding]:
@@ -295,14 +313,15 @@ def blocky(case: Case) -> Iterator[Finding]:
         if (steps := case.measures[item.path].blocks) > _BLOCKY:
             what = f"shows the 8 x 8 blocks of strong JPEG compression (steps of {steps:.1f} grey levels)"
             fix = "Find the original, or remove it: the blocks would be learned with the style."
-            yield Finding("JPEG blocks", "warning", case.name(item), what, fix)
+            yield Finding("JPEG blocks", "warning", case.name(item), what, fix, case.about([item]))
 
 
 def bordered(case: Case) -> Iterator[Finding]:
     for item in case.items:
         if borders := case.measures[item.path].borders:
             fix = "Crop them off, or the style will have them too; --fix does it."
-            yield Finding("borders", "warning", case.name(item), f"has plain bars: {borders}", fix)
+            what = f"has plain bars: {borders}"
+            yield Finding("borders", "warning", case.name(item), what, fix, case.about([item]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,9 +356,8 @@ def unlike_the_rest(case: Case) -> Iterator[Finding]:
         ]
         if words:
             fix = "Look at it: if it is not in the style, remove it."
-            yield Finding(
-                "unlike the rest", "warning", case.name(item), f"is much {' and '.join(words)} than the rest", fix
-            )
+            what = f"is much {' and '.join(words)} than the rest"
+            yield Finding("unlike the rest", "warning", case.name(item), what, fix, case.about([item]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,11 +376,12 @@ def uncaptioned(case: Case) -> Iterator[Finding]:
             f"so all they show is learned under the trigger {case.trigger!r}" if case.trigger else "and no trigger"
         )
         what = f"none of the {len(bare)} images has a caption, {learned}"
-        yield Finding("no caption", "note" if case.trigger else "warning", str(case.folder), what, _CAPTION_FIX)
+        severity = "note" if case.trigger else "warning"
+        yield Finding("no caption", severity, str(case.folder), what, _CAPTION_FIX, case.about(bare))
         return
     for item in bare:
         what = "has no caption" if item.source == "none" else f"its caption in {item.source} is empty"
-        yield Finding("no caption", "warning", case.name(item), what, _CAPTION_FIX)
+        yield Finding("no caption", "warning", case.name(item), what, _CAPTION_FIX, case.about([item]))
 
 
 def captioned_alike(case: Case) -> Iterator[Finding]:
@@ -378,7 +397,7 @@ def captioned_alike(case: Case) -> Iterator[Finding]:
             f"{len(group)} of {len(case.items)} images have the caption {captions[0]!r}{source} ({case.names(group)})"
         )
         fix = "Write what each shows: what captions do not name is learned as part of the style."
-        yield Finding("same caption", "warning", str(case.folder), what, fix)
+        yield Finding("same caption", "warning", str(case.folder), what, fix, case.about(group))
 
 
 def too_long(case: Case) -> Iterator[Finding]:
@@ -390,7 +409,8 @@ def too_long(case: Case) -> Iterator[Finding]:
                 f"its caption has {weight.tokens} tokens, which training reads in {weight.chunks} chunks of {CHUNK}; "
                 f"programs without chunks stop after '... {weight.start[-_TAIL:]}'"
             )
-            yield Finding("long caption", "note", case.name(item), what, "Put what matters first, or shorten it.")
+            fix = "Put what matters first, or shorten it."
+            yield Finding("long caption", "note", case.name(item), what, fix, case.about([item]))
 
 
 _TAIL = 30
@@ -444,23 +464,25 @@ def triggered(case: Case) -> Iterator[Finding]:
     if len(with_it) < len(captioned):
         what = f"{len(captioned) - len(with_it)} of {len(captioned)} captions lack the trigger {trigger!r}"
         fix = f"Nothing to do: training puts it first, or where a caption says {TRIGGER_PLACE}."
-        yield Finding("trigger", "note", str(case.folder), what, fix)
+        without = [item for item in captioned if item not in with_it]
+        yield Finding("trigger", "note", str(case.folder), what, fix, case.about(without))
     inside = [item for item in captioned if any(_used_as_a_word(caption, trigger) for caption in item.captions)]
     uses = f"; {len(inside)} of {len(captioned)} captions use it as an ordinary word" if inside else ""
     fix = "Take a word that does not exist, so that it means the style and nothing else."
     if all(map(is_common_word, trigger.split())):
         what = f"the trigger {trigger!r} already means something to the base, and mixes with the style{uses}"
-        yield Finding("trigger", "warning", str(case.folder), what, fix)
+        yield Finding("trigger", "warning", str(case.folder), what, fix, case.about(inside))
     elif _IN_MANY * len(captioned) <= len(inside) < _IN_NEARLY_ALL * len(captioned) and inside:
         what = f"{len(inside)} of {len(captioned)} captions use the trigger {trigger!r} as an ordinary word"
-        yield Finding("trigger", "warning", str(case.folder), what, fix)
+        yield Finding("trigger", "warning", str(case.folder), what, fix, case.about(inside))
 
 
 def _place_without_trigger(case: Case) -> Iterator[Finding]:
     marked = [item for item in case.items if any(TRIGGER_PLACE in caption for caption in item.captions)]
     if marked:
         what = f"{len(marked)} captions hold {TRIGGER_PLACE} ({case.names(marked)}), and no trigger was given"
-        yield Finding("trigger", "note", str(case.folder), what, "Set data.trigger in the configuration.")
+        fix = "Set data.trigger in the configuration."
+        yield Finding("trigger", "note", str(case.folder), what, fix, case.about(marked))
 
 
 def _names_trigger(caption: str, trigger: str) -> bool:
@@ -483,7 +505,8 @@ def always_there(case: Case) -> Iterator[Finding]:
             break
         what = f"{word!r} stands in {count} of {len(captioned)} captions, and will be learned as a part of the style"
         fix = "Add images of other things. If it names the style, leave it out of the captions."
-        yield Finding("one subject", "warning", str(case.folder), what, fix)
+        with_it = [item for item in captioned if word in content_words(" ".join(item.captions))]
+        yield Finding("one subject", "warning", str(case.folder), what, fix, case.about(with_it))
 
 
 def content_words(text: str) -> list[str]:

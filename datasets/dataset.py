@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -222,15 +220,3 @@ def tag_frequency(examples: Sequence[Example]) -> dict[str, dict[str, int]]:
     for example in examples:
         frequency.setdefault(example.source.name, Counter()).update(set(tags(example.caption)))
     return {folder: dict(counts.most_common()) for folder, counts in frequency.items()}
-
-
-def dataset_fingerprint(examples: Sequence[Example]) -> str:
-    """A hash of everything that decides what is trained on: image bytes, captions, crops, order and weights."""
-    rows = [
-        [
-            *(e.item.sha256, e.captions, [astuple(view) for view in e.views], e.entry.shows, e.caption_dropout),
-            *(e.item.mask.sha256 if e.item.mask else "", e.is_masked, e.source.unmasked_weight, e.source.loss_weight),
-        ]
-        for e in examples
-    ]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,8 @@ from .sidecars import Caption, Lines, Sidecars, cannot_be_read
 from .workers import Progress, map_files
 
 MOST_REPEATS = 500
+MOST_FILES = 200_000
+"""Twice as many as an archive may have; more are no dataset, but a disk or a home."""
 _LEFT_BY_SYSTEMS = {"__MACOSX", "@eaDir", "@tmp", "@Recycle", "#recycle"}
 _REPEATS = re.compile(r"(\d+)_(.+)")
 
@@ -102,19 +104,19 @@ def look(
         what = "is a file, not a folder of images" if folder.is_file() else "there is no such folder"
         raise DataError(what, str(folder), "Set data.path to the folder that holds your images.")
     problems: list[Problem] = []
-    files = sorted(_walk(folder, problems))
+    files = sorted(walk(folder, problems))
     pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     masks = [file for file in pictures if mask == "files" and is_mask(folder, file)]
     images = sorted(set(pictures) - set(masks))
     if not images:
-        return Found([], [_no_images(folder, files), *problems])
-    problems += _ignored(folder, files, images)
+        return Found([], [no_images(folder, files), *problems])
+    problems += ignored(folder, files, images)
     if mask != "files":
         problems += masks_taken_for_pictures(folder, images)
     by_image = masks_by_image(folder, images, masks, problems)
     facts = dict(zip(masks, map_files(read_mask_facts, masks), strict=True))
     captions = Sidecars(images, lines, problems).read(files)
-    known = _Known(folder, captions, sound_masks(by_image, facts, problems))
+    known = Known(folder, captions, sound_masks(by_image, facts, problems))
     items: list[Item] = []
     for pixels in map_files(read_pixels_of, images, progress):
         if isinstance(pixels, Problem):
@@ -126,13 +128,19 @@ def look(
         if mask == "alpha" and NOTHING_SHOWN in item.notes:
             problems.append(Problem(str(item.path), f"is {NOTHING_SHOWN}, so it would teach nothing", "Remove it."))
         items.append(item)
+    if problems and not folder.is_dir():
+        what = "is there no more: it was removed, or its disk was unplugged, while it was read"
+        raise DataError(what, str(folder), "Put it back, or connect its disk again, and try again.")
     return Found(items, problems)
 
 
-def _walk(folder: Path, problems: list[Problem]) -> list[Path]:
+def walk(folder: Path, problems: list[Problem]) -> list[Path]:
     """All files, without hidden ones and the folders that systems and tools leave behind; each folder once.
 
     A link that leads out of the folder is a problem: what lies there may change, or may not be meant to be read.
+
+    Raises:
+        DataError: if there are more than a dataset has, as on a whole disk.
     """
 
     def cannot_open(error: OSError) -> None:
@@ -160,16 +168,18 @@ def _walk(folder: Path, problems: list[Problem]) -> list[Path]:
         folders[:] = sorted(name for name in inner if stays_inside(Path(parent, name)))
         plain = [Path(parent, name) for name in names if not name.startswith(".") and name != "Thumbs.db"]
         found += [file for file in plain if stays_inside(file)]
+        if len(found) > MOST_FILES:
+            raise DataError(f"holds more than {MOST_FILES:,} files", str(folder), "Name the folder of your images.")
     return found
 
 
-def _no_images(folder: Path, files: list[Path]) -> Problem:
+def no_images(folder: Path, files: list[Path]) -> Problem:
     found = Counter(file.suffix.lower() or "no suffix" for file in files)
     seen = ", ".join(f"{count} x {suffix}" for suffix, count in found.most_common(5)) or "it is empty"
     return Problem(str(folder), f"holds no images ({seen})", f"Known are {', '.join(sorted(IMAGE_SUFFIXES))}.")
 
 
-def _ignored(folder: Path, files: list[Path], images: list[Path]) -> Iterator[Problem]:
+def ignored(folder: Path, files: list[Path], images: list[Path]) -> Iterator[Problem]:
     """Files and folders that a person may take for a part of the data, and that are none."""
     read = {image.with_suffix("") for image in images}
     for file in files:
@@ -210,7 +220,7 @@ def read_pixels_of(image: Path) -> Pixels | Problem:
 
 
 @dataclass(frozen=True)
-class _Known:
+class Known:
     """What is known of a folder's images apart from their pixels."""
 
     folder: Path
@@ -219,8 +229,7 @@ class _Known:
 
     def item(self, pixels: Pixels) -> Item:
         kohya = kohya_folder(self.folder, pixels.path)
-        class_name = tidy(kohya.name.partition("_")[2].replace("_", " ")) if kohya else ""
-        caption = self.captions.get(pixels.path) or Caption((class_name,), "folder name" if class_name else "none")
+        caption = caption_of(self.folder, pixels.path, self.captions)
         return Item(
             path=pixels.path,
             sha256=pixels.sha256,
@@ -234,6 +243,15 @@ class _Known:
             repeats=_repeats_of(kohya) if kohya else 1,
             notes=pixels.notes,
         )
+
+
+def caption_of(folder: Path, image: Path, captions: Mapping[Path, Caption]) -> Caption:
+    """What was found for an image, or else the name of its kohya folder."""
+    if found := captions.get(image):
+        return found
+    kohya = kohya_folder(folder, image)
+    words = tidy(kohya.name.partition("_")[2].replace("_", " ")) if kohya else ""
+    return Caption((words,), "folder name" if words else "none")
 
 
 def kohya_folder(folder: Path, image: Path) -> Path | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -83,13 +85,13 @@ def read_grey(path: Path) -> Image.Image:
 def _read_upright(path: Path) -> tuple[Image.Image, list[str]]:
     notes: list[str] = []
     try:
-        with Image.open(path, formats=_formats_here()) as file:
+        with Image.open(path, formats=formats_here()) as file:
             orientation = file.getexif().get(EXIF_ORIENTATION, 1)
-            if getattr(file, "n_frames", 1) > 1:
+            if getattr(file, "is_animated", False):  # to count its frames, all of them would be read
                 notes.append("first frame of an animation")
             file.load()
             image = ImageOps.exif_transpose(file)
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         raise UnreadableImageError(_in_words(error)) from error
     if image.mode == "F":
         raise UnreadableImageError("its pixels are floating-point numbers of unknown range; save it with 8 or 16 bits")
@@ -99,16 +101,19 @@ def _read_upright(path: Path) -> tuple[Image.Image, list[str]]:
 
 
 @lru_cache
-def _formats_here() -> tuple[str, ...]:
+def formats_here() -> tuple[str, ...]:
     """Older versions of Pillow, and some builds of it, do without AVIF or WebP."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-_DECODING_ERRORS = (
+DECODING_ERRORS = (
     *(UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError),
-    *(IndexError, KeyError, TypeError, OverflowError, MemoryError, RuntimeError),  # by damaged headers, from decoders
+    # by damaged headers, from decoders
+    *(LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, MemoryError, RuntimeError),
+    *(struct.error, zlib.error),
 )
+"""What Pillow raises of a damaged file."""
 
 
 def _in_words(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..trainer.jsonfile import parse_json
 from .captions import tidy
 
 RECORD = "machine-captions.jsonl"
@@ -72,10 +73,10 @@ def append(folder: Path, entry: Entry) -> None:
 
 def _entry(line: str) -> Entry | None:
     try:
-        values = json.loads(line)
+        values = parse_json(line)
         further = (values.get(name, "") for name in ("model", "kind", "settings"))
         entry = Entry(values["file"], values["sha256"], *further)
-    except (json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return entry if all(isinstance(value, str) for value in asdict(entry).values()) else None
 

@@ -18,7 +18,7 @@ from ..trainer.errors import DataError, UserError
 from ..trainer.files import atomic_folder
 from .checks import Examination, alike, same_files
 from .folder import Item, kohya_folder, look
-from .images import read_grey, read_rgb
+from .images import formats_here, read_grey, read_rgb
 from .machine import append, entry_of, read_record
 from .photometry import Borders
 from .sidecars import Lines
@@ -193,7 +193,7 @@ def _write_picture(mend: Mend, target: Path) -> None:
     """A JPEG file of which nothing is changed keeps its own quantisation, which changes its pixels least."""
     item = mend.item
     if target.suffix == ".jpg" and not item.notes and not mend.borders:
-        with Image.open(item.path) as file:
+        with Image.open(item.path, formats=formats_here()) as file:
             if file.format == "JPEG":
                 file.load()
                 _without_metadata(file).save(target, "JPEG", quality="keep")

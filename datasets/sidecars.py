@@ -6,14 +6,15 @@ Read are `<image>.txt`, `<image>.caption` and `<image>.json`, and Hugging Face's
 from __future__ import annotations
 
 import csv
-import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..trainer.errors import Problem
+from ..trainer.jsonfile import parse_json
 from .captions import tidy
 from .machine import Entry, read_record, wrote
 
@@ -25,6 +26,15 @@ UNREAD_SIDECARS = (".tags", ".cap", ".captions")
 METADATA = ("metadata.jsonl", "metadata.csv")
 UNREAD_METADATA = ("metadata.parquet", "captions.json", "meta_cap.json", "meta_clean.json", "meta_lat.json")
 """Tables of captions that other programs write for a whole folder."""
+LONGEST_CAPTION = 10_000
+"""Characters: more than a hundred sentences. A text encoder reads some 300 at a time, and each piece takes memory in
+every step."""
+LARGEST_SIDECAR = 2**20
+"""Bytes; a caption of the greatest length in a dozen variants, or all that sites tell of a picture in JSON."""
+LARGEST_TABLE = 64 * 2**20
+"""Bytes; hundred thousand captions of some sentences."""
+_HALF_A_LETTER = re.compile("[\ud800-\udfff]")
+"""JSON can write one of the two codes that are a letter together."""
 _CAPTION_KEYS = ("caption", "text", "captions", "prompt")
 _ABOUT_THE_FOLDER = {"readme", "license", "licence", "notice", "copying", "attribution", "credits", "requirements"}
 
@@ -93,7 +103,7 @@ class Sidecars:
     # -- beside each image --------------------------------------------------------------------------------------------
 
     def _read_sidecar(self, file: Path, owners: list[Path]) -> None:
-        text = self._text(file)
+        text = self._text(file, LARGEST_SIDECAR)
         texts = None if text is None else self._texts_of_json(file, text) if file.suffix.lower() == ".json" else text
         if texts is None:
             return
@@ -111,9 +121,12 @@ class Sidecars:
     def _texts_of_json(self, file: Path, text: str) -> tuple[str, ...] | None:
         """A text, a list of texts, or an object with a caption or tags under one of the names that are usual."""
         try:
-            return _texts_of(json.loads(text))
-        except (json.JSONDecodeError, RecursionError) as error:
+            value = parse_json(text)
+        except ValueError as error:
             self._problem(file, f"is not JSON ({error})", "Mend or remove it.")
+            return None
+        try:
+            return _texts_of(value)
         except ValueError as error:
             self._problem(file, str(error), f'Give it the form {{"{_CAPTION_KEYS[0]}": "the caption"}}, or remove it.')
         return None
@@ -130,7 +143,7 @@ class Sidecars:
     # -- for a whole folder -------------------------------------------------------------------------------------------
 
     def _read_metadata(self, file: Path) -> None:
-        text = self._text(file)
+        text = self._text(file, LARGEST_TABLE)
         if text is not None:
             rows = self._rows_of_csv(file, text) if file.suffix == ".csv" else self._rows_of_jsonl(file, text)
             for number, row in rows:
@@ -141,8 +154,8 @@ class Sidecars:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError):
+                row = parse_json(line)
+            except ValueError:
                 row = None
             if isinstance(row, Mapping) and isinstance(row.get("file_name"), str):
                 yield number, row
@@ -175,7 +188,7 @@ class Sidecars:
             return
         if image in self.found:
             self._problem(where, f"is a second caption for {name}", "Keep one of the two.")
-        else:
+        elif self._is_usable(where, texts):
             self.found[image] = Caption(texts, f"{file.name} line {number}")
 
     # -- details ------------------------------------------------------------------------------------------------------
@@ -187,12 +200,27 @@ class Sidecars:
                 f"{image.name} has a caption in {self.found[image].source} already",
                 "Keep one of the two; the other would be ignored.",
             )
-        else:
+        elif self._is_usable(file, caption.texts):
             self.found[image] = caption
 
-    def _text(self, file: Path) -> str | None:
-        """What a text file holds; None, with a problem, if it cannot be read."""
+    def _is_usable(self, where: Path | str, texts: tuple[str, ...]) -> bool:
+        """Whether all are text, and none is longer than may be; else it is a problem."""
+        longest = max(map(len, texts))
+        if longest > LONGEST_CAPTION:
+            what = f"holds a caption of {longest:,} characters; {LONGEST_CAPTION:,} is the most"
+            self._problem(where, what, "Shorten it: say what is seen in some sentences.")
+            return False
+        if half := _HALF_A_LETTER.search("".join(texts)):
+            self._problem(where, f"holds {half[0]!r}, half a letter, which is no text", "Write the caption anew.")
+            return False
+        return True
+
+    def _text(self, file: Path, most: int) -> str | None:
+        """What a text file of so many bytes at most holds; None, with a problem, if it cannot be read."""
         try:
+            if (size := file.stat().st_size) > most:
+                self._problem(file, f"has {size:,} bytes; {most:,} is the most for captions", "Split or shorten it.")
+                return None
             return file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             self._problem(file, f"is not UTF-8 text ({error.reason} at byte {error.start})", "Save it as UTF-8.")

@@ -21,7 +21,8 @@ from PIL import Image
 
 from ..trainer.errors import DataError, Problem, first_line
 from ..trainer.files import sha256_of
-from .images import IMAGE_SUFFIXES
+from .archives import MOST_BYTES, MOST_ENTRIES
+from .images import DECODING_ERRORS, IMAGE_SUFFIXES
 from .workers import Progress
 
 IMAGE_COLUMNS = {"image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo"}
@@ -33,7 +34,7 @@ SUFFIXES = {
 """Of Pillow's formats."""
 ENOUGH = 100
 """Rows with a problem, after which the rest is not read."""
-_ROWS_AT_ONCE = 32
+_ROWS_AT_ONCE = 4  # a small file can hold a large image a thousand times
 _SHARD = re.compile(r"(?:^|[-_.])(?P<number>\d+)(?:[-_.]of[-_.](?P<of>\d+))?$")
 """The end of the name of one of several files that are a table together: `train-00000-of-00002`, `0003`."""
 
@@ -178,10 +179,14 @@ def write_rows(
         DataError: with every row whose image or caption cannot be used.
     """
     problems: list[Problem] = []
-    number = -1
+    number, size = -1, 0
     with (folder / "metadata.jsonl").open("w", encoding="utf-8", newline="\n") as metadata:
         for number, row in enumerate(rows):
             progress(number, total)
+            if number == MOST_ENTRIES or size > MOST_BYTES:
+                what = f"is beyond {MOST_ENTRIES:,} rows or {MOST_BYTES >> 30} GiB of images, and no more is unpacked"
+                problems.append(Problem(row.where, what, "Give a table of fewer rows."))
+                break
             image, text = _image_of(row, columns), _text_of(row, columns)
             wrong = [found for found in (image, text) if isinstance(found, Problem)]
             problems += wrong
@@ -191,6 +196,7 @@ def write_rows(
             if not problems and isinstance(image, bytes):
                 name = f"{number:06d}{suffix_of(image)}"
                 (folder / name).write_bytes(image)
+                size += len(image)
                 metadata.write(json.dumps({"file_name": name, "text": text}, ensure_ascii=False) + "\n")
     progress(number + 1, number + 1)
     if number < 0:
@@ -240,9 +246,7 @@ def suffix_of(data: bytes) -> str:
         try:
             with Image.open(io.BytesIO(data), formats=_formats_here()) as image:
                 return SUFFIXES.get(image.format or "", "")
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
-            return ""
-        except (IndexError, KeyError, TypeError, OverflowError, MemoryError, RuntimeError):  # by damaged headers
+        except DECODING_ERRORS:
             return ""
 
 
@@ -277,8 +281,9 @@ class Parquet:
         """
         library("pyarrow", self.written)
         heads = [_head(file) for file in self.files]
-        columns = choose_columns(heads[0].schema.to_arrow_schema(), self.asked, self.written)
-        self._check_alike([head.schema.to_arrow_schema() for head in heads], columns)
+        schemas = [_schema(file) for file in self.files]
+        columns = choose_columns(schemas[0], self.asked, self.written)
+        self._check_alike(schemas, columns)
         rows = (row for file in self.files for row in _rows(file, columns))
         write_rows(rows, columns, folder, self.written, sum(head.num_rows for head in heads), progress)
 
@@ -336,6 +341,12 @@ def _head(file: Path) -> Any:
     """A parquet file's metadata."""
     with _damage_named(file):
         return library("pyarrow.parquet").read_metadata(file)
+
+
+def _schema(file: Path) -> Any:
+    """Its columns."""
+    with _damage_named(file):
+        return library("pyarrow.parquet").read_schema(file)
 
 
 def _rows(file: Path, columns: Columns) -> Iterator[Row]:

@@ -29,7 +29,8 @@ from typing import Any, Protocol
 from urllib.parse import parse_qsl, quote, urlencode
 
 from ..trainer.errors import DataError, Problem
-from ..trainer.files import atomic_folder, locked, write_text
+from ..trainer.files import atomic_folder, locked, make_folder, remove_leftovers, write_text
+from ..trainer.jsonfile import read_json
 from .archives import Archive
 from .hub import COMMIT, HubDataset
 from .tables import Parquet, parquet_files, shards_of
@@ -224,7 +225,8 @@ def _unpacked(source: _Source, written: str, cache: Path, progress: Progress) ->
     """The folder in the cache with what the source holds; written if it is not there, or not whole."""
     identity = source.identity()
     folder = cache / hashlib.sha256(json.dumps([CODE_VERSION, *identity]).encode()).hexdigest()[:32]
-    cache.mkdir(parents=True, exist_ok=True)
+    make_folder(cache)
+    remove_leftovers(cache)
     with locked(cache / f"{folder.name}.lock"):
         if _is_whole(folder):
             return folder
@@ -243,7 +245,7 @@ def _unpacked(source: _Source, written: str, cache: Path, progress: Progress) ->
 
 def _is_whole(folder: Path) -> bool:
     try:
-        sealed = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
+        sealed = read_json(folder / _SEAL)
         return {key: sealed[key] for key in ("files", "bytes")} == _counted(folder)
     except (OSError, ValueError, LookupError, TypeError):
         return False

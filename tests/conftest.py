@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,57 @@ from accelerate.state import AcceleratorState
 from hypothesis import settings
 from PIL import Image, ImageDraw
 
+from lorasmith.trainer.bases import BaseInfo, inspect_base
+from lorasmith.trainer.baseweights import rewrite, unchanged
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.configfile import merge, validate
 from lorasmith.trainer.jobs import create_run
 from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.plan import make_plan
 
+pytest_plugins = ["tests.browser"]
+
 settings.register_profile("lorasmith", deadline=None, derandomize=True)  # a slow machine is no failure
 settings.load_profile("lorasmith")
 torch.set_num_threads(1)  # models as small as these lose time to a second thread
+
+
+_FILES = ("export", "interpolation", "extraction", "baseweights", "real_clients", "sample", "merge", "painting")
+_MANY_ALIKE = {f"test_{name}" for name in _FILES}
+_FURTHER = re.compile(
+    r"\[(?!(lora-)?sdxl(-0\.05)?\]).*(sd2|sdxl|1e-05)|\[(loha|lokr of|boft|pissa|olora|dora\]|oft\]|full\])|dtype1"
+)
+"""Tests that are the same on a further family, kind or precision take many minutes together: `make test-all` runs them,
+and `make test` mostly those on SD 1 and of a plain LoRA."""
+_ELABORATE = {
+    "test_share": ("size_that_comes[fp32]", "size_that_comes[bf16]", "a_thumbnail_that_is_no_picture_is_told_by"),
+    "test_ui_share": ("an_export_outlives_the_server", "an_answer_that_is_missing_is_told"),
+    "test_ui_robust": ("a_run_outlives_the_server_and_is_found_again",),
+    "test_ui_playground": ("what_cannot_be_drawn_is_told_with_its_fix",),
+    "test_ui_train": ("a_second_run_waits_in_the_queue",),
+    "test_painting": ("an_idle_painter_ends_and_the_next_order",),
+    "test_requests": ("several_processes_answer_as_one", "change_nothing[averages]", "change_nothing[dropout]"),
+    "test_cli": ("previews_can_be_switched_off_at_resume",),
+    "test_queue": ("a_run_of_the_command_line_is_waited_for",),
+    "test_averages": ("[an average within pytorch-optimizer]",),
+    "test_interpolation": ("two_runs_may_differ_in_rank",),
+    "test_demo": ("the_measure_tells_true_pictures_apart",),
+    "test_train": ("previews_of_other_prompts_are_never_paired",),
+}
+"""Tests that take ten seconds to a minute each, in several processes, of what others show on the way."""
+
+
+_LONG = re.compile("test_(ui_|queue|painting|cli|requests|train|share|wall|export|real_clients)")
+"""Files that take long and have few tests; they come first, so that none is left to one process at the end."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not _LONG.match(item.path.stem))
+    for item in items:
+        is_alike = item.path.stem in _MANY_ALIKE and _FURTHER.search(item.name)
+        if is_alike or any(words in item.name for words in _ELABORATE.get(item.path.stem, ())):
+            item.add_marker(pytest.mark.exhaustive)
 
 
 def draw_picture(number: int, size: tuple[int, int]) -> Image.Image:
@@ -36,6 +79,13 @@ def trained_run(config: RunConfig) -> Trainer:
     trainer = Trainer(plan, create_run(plan.config), lambda event: None)
     assert trainer.train(lambda: False) == "finished"
     return trainer
+
+
+def unpack(path: Path, folder: Path) -> BaseInfo:
+    """The model of one file as a diffusers folder, as `lorasmith convert` writes it."""
+    info = inspect_base(str(path))
+    rewrite(info, folder, unchanged)
+    return info
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ def quadratic(**settings) -> tuple[torch.nn.Parameter, torch.optim.Optimizer, Av
     """A weight of 1000 numbers that is drawn to zero, its optimizer, and their averages."""
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 1000).view(20, 50))
     optimizer = make_optimizer(OptimizerSection(**settings), [{"params": [weight], "lr": 1e-2, "name": "unet"}])
-    return weight, optimizer, Averages(optimizer, settings.get("ema_decay", 0.0))
+    return weight, optimizer, Averages([weight], optimizer, settings.get("ema_decay", 0.0))
 
 
 def train(weight: torch.nn.Parameter, optimizer: torch.optim.Optimizer, averages: Averages, steps: int) -> list[Tensor]:
@@ -143,7 +143,8 @@ def test_checkpoints_hold_the_averages_and_resume_goes_on_from_the_trained_weigh
 def test_without_averages_a_checkpoint_holds_the_weights_once(short_run):
     trainer = trained_run(short_run())
     folder = trainer.run.checkpoint(trainer.state.step)
-    assert sorted(file.name for file in folder.iterdir()) == ["adapter.safetensors", "optimizer.pt", "state.json"]
+    files = sorted(file.name for file in folder.iterdir())
+    assert files == ["adapter.safetensors", "optimizer.pt", "origin.json", "state.json"]
 
 
 def test_a_checkpoint_that_lost_its_trained_weights_is_damaged(short_run):

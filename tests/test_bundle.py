@@ -29,7 +29,9 @@ from lorasmith.trainer.loraread import read_lora
 from lorasmith.trainer.models import load_base
 from lorasmith.trainer.plan import make_plan
 from lorasmith.trainer.release import Trained, facts_of, release, suffix_of
+from lorasmith.trainer.sample import Drawing, save_picture
 from lorasmith.trainer.sharing.bundle import bundle
+from lorasmith.trainer.sharing.pictures import data_uri, read_thumbnail
 from lorasmith.trainer.strengths import Strengths
 from lorasmith.trainer.verify import live_changes
 
@@ -203,6 +205,87 @@ def test_what_the_run_says_of_its_export_is_done(trained: Trained, tmp_path: Pat
     assert "short-diffusers.md" not in unzipped(files[-1])
     given = release(wanted, "short", tmp_path, ["kohya"], "bf16")  # what is asked for here comes first
     assert "BF16" in LoraFile.open(given[0]).dtypes.values()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the picture that stands for it
+
+
+def gallery_of(inside: dict[str, bytes]) -> dict[str, str]:
+    """The pictures that the card names, in order, with what it says below each."""
+    data: dict[str, Any] = ModelCard(inside["README.md"].decode()).data.to_dict()
+    return {entry["output"]["url"]: entry["text"] for entry in data["widget"]}
+
+
+def pixels(content: bytes) -> bytes:
+    with Image.open(io.BytesIO(content)) as picture:
+        return picture.convert("RGB").tobytes()
+
+
+def test_a_preview_that_was_chosen_stands_for_the_file(trained: Trained, tmp_path: Path):
+    previews = trained.run.samples(trained.step)
+    chosen = read_thumbnail(previews / "01.png", previews)
+    files = release(trained, "short", tmp_path, ["kohya"], bundle=True, thumbnail=chosen)
+    inside = unzipped(files[-1])
+    assert pixels(inside["short.png"]) == pixels((previews / "01.png").read_bytes())
+    assert png_text(inside["short.png"])["parameters"].startswith(f"{PROMPTS[1]}\nNegative prompt: blurry\n")
+    assert LoraFile.open(files[0]).metadata["modelspec.thumbnail"] == data_uri(chosen.picture)
+    assert list(gallery_of(inside).items()) == [("images/01.png", PROMPTS[1]), ("images/00.png", PROMPTS[0])]
+    assert "none of the previews" not in inside["README.md"].decode()
+
+
+CAPTION = "trg, house, anna schmidt in her kitchen 0"
+
+
+def wall_cell(folder: Path, prompt: str) -> Path:
+    """A picture as the wall has it, which says what it was drawn from."""
+    file = folder / "0123456789abcdef.png"
+    save_picture(file, draw_picture(3, (64, 64)), prompt, Drawing("blurry", 7, 3, 5.0, 64), "tiny base", "short at 0.7")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("metadata", "prompt", "told"),
+    [
+        *[("safe", CAPTION, "-"), ("none", CAPTION, "-"), ("all", CAPTION, CAPTION)],
+        *[("safe", "a castle", "a castle"), ("none", "a castle", "-")],
+    ],
+)
+def test_the_prompt_of_a_wall_cell_is_told_as_any_prompt(
+    trained: Trained, tmp_path: Path, metadata: Any, prompt: str, told: str
+):
+    cell = wall_cell(tmp_path, prompt)
+    chosen = read_thumbnail(cell, trained.run.samples(trained.step))
+    config = saying(trained, metadata=metadata)
+    files = release(config, "short", tmp_path / "out", ["kohya"], bundle=True, thumbnail=chosen)
+    inside = unzipped(files[-1])
+    assert next(iter(gallery_of(inside).items())) == ("short.png", told)
+    assert pixels(inside["short.png"]) == pixels(cell.read_bytes())
+    assert "parameters" not in png_text(inside["short.png"])  # it was not drawn as the previews were
+    assert "The first picture is none of the previews" in inside["README.md"].decode()
+    beside = ModelCard((tmp_path / "out/short.md").read_text(encoding="utf-8")).data.to_dict()
+    assert [entry["text"] for entry in beside["widget"]] == [told]
+    if metadata != "all":
+        assert not any(secret in raw.lower().decode("latin-1") for raw in inside.values() for secret in SECRETS)
+
+
+def test_a_photograph_of_ones_own_tells_nothing_of_its_camera(trained: Trained, tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x013B] = 6, "Anna Schmidt"  # lies on its side; the artist
+    draw_picture(1, (80, 40)).save(tmp_path / "own.jpg", exif=exif)
+    chosen = read_thumbnail(tmp_path / "own.jpg", trained.run.samples(trained.step))
+    assert (chosen.picture.size, chosen.prompt, chosen.number) == ((40, 80), "", None)
+    files = release(trained, "short", tmp_path / "out", ["kohya"], thumbnail=chosen)
+    assert b"Anna Schmidt" not in b"".join(file.read_bytes() for file in files)
+
+
+@pytest.mark.parametrize(("name", "content"), [("gone.png", None), ("notes.png", b"no picture"), ("empty.png", b"")])
+def test_what_is_no_picture_stands_for_nothing(tmp_path: Path, name: str, content: bytes | None):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name) as caught:
+        read_thumbnail(tmp_path / name, tmp_path)
+    assert "Name a picture" in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -388,7 +388,7 @@ def test_where_nothing_is_empty_no_model_is_loaded(caption: Lorasmith, tagger: P
 def test_blip_writes_what_transformers_would(batch: int, caption: Lorasmith, blip: Path, folder: Path):
     caption(folder, "--model", blip, "--batch", batch)
     model = BlipForConditionalGeneration.from_pretrained(blip)
-    processor = BlipProcessor.from_pretrained(blip)
+    processor: Any = BlipProcessor.from_pretrained(blip)
     for name in ("red", "lime", "blue"):
         inputs = processor(images=Image.open(folder / f"{name}.png"), return_tensors="pt")
         ids = model.generate(**inputs, num_beams=3, min_length=5, max_length=75)
@@ -405,7 +405,7 @@ def test_florence_2_writes_what_transformers_would(
 ):
     caption(folder, "--model", florence2, "--batch", 2, *(["--style", style] if style else []))
     model: Any = Florence2ForConditionalGeneration.from_pretrained(florence2)
-    processor = Florence2Processor.from_pretrained(florence2)
+    processor: Any = Florence2Processor.from_pretrained(florence2)
     for name in ("red", "lime", "blue"):
         with Image.open(folder / f"{name}.png") as picture:
             inputs = processor(text=task, images=picture, return_tensors="pt")

@@ -25,7 +25,7 @@ from lorasmith.datasets.report import report, verdict
 from lorasmith.datasets.tokens import is_common_word, weigh
 from lorasmith.trainer.errors import DataError, UserError
 
-from .test_cli import lorasmith
+from .command import lorasmith
 
 BLUEPRINT = Path(photometry.__file__).parent / "examples" / "blueprint"
 SUBJECTS = ("fox", "boat", "tower", "apple", "bicycle", "lamp", "river", "window", "horse", "bread", "guitar", "cloud")
@@ -727,7 +727,7 @@ def test_check_as_json_and_with_a_copy(bad: Set, tmp_path: Path):
     assert facts["images"] == 12
     assert facts["summary"]["errors"] == 2
     assert facts["summary"]["blocked"] is True
-    assert {"check", "severity", "where", "what", "fix"} == set(facts["findings"][0])
+    assert {"check", "severity", "where", "what", "fix", "images"} == set(facts["findings"][0])
     assert facts["tokens"]["captions"] == 11
     assert facts["copy"] == {"folder": "out", "images": 10, "cropped": 1, "left_out": 4}
     assert (tmp_path / "out" / "fixes.json").is_file()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,19 +21,8 @@ from lorasmith.trainer.errors import TrainingError, UserError
 from lorasmith.trainer.events import Warned
 from lorasmith.trainer.jobs import RunFolder
 
+from .command import ENVIRONMENT, MAIN, lorasmith
 from .conftest import draw_picture
-
-MAIN = [sys.executable, "-m", "lorasmith.trainer.cli"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning"}
-
-
-def lorasmith(folder: Path, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [*MAIN, *map(str, arguments)], cwd=folder, env=ENVIRONMENT, capture_output=True, encoding="utf-8", check=False
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
 
 
 @pytest.fixture
@@ -118,16 +108,22 @@ def test_set_goes_before_the_file(config: Path):
 
 
 def test_stop_then_resume_reaches_the_end(config: Path):
-    process, run = _training(config, "budget.images=4000", "save.every=0")
-    assert run.status().state == "running"
+    process, run = _training(config, "budget.images=4000", "save.every=0", "sample.steps=1")
+    assert run.status().state == "training"
+    assert "short will save after its current step." in lorasmith(config.parent, "save", "short").stdout
+    _wait(lambda: run.status().step > max(run.saved_steps(), default=run.status().step))
+    assert "short will draw previews" in lorasmith(config.parent, "preview", "short").stdout
     assert "will save and stop" in lorasmith(config.parent, "stop", "short").stdout
     process.communicate()
     assert process.returncode == 0
     stopped = run.status()
     assert stopped.state == "stopped"
-    assert run.saved_steps() == [stopped.step]
+    assert len(run.saved_steps()) == 2
+    assert run.saved_steps()[-1] == stopped.step
+    assert len(list((run.path / "samples").iterdir())) == 1
 
-    lorasmith(config.parent, "resume", "short", "--set", f"budget.images={4 * stopped.step + 8}")
+    budget = f"budget.images={4 * stopped.step + 8}"
+    lorasmith(config.parent, "resume", "short", "--from", run.saved_steps()[0], "--set", budget)
     assert run.status().state == "done"
 
 
@@ -142,13 +138,14 @@ def test_the_first_ctrl_c_stops_and_saves(config: Path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL on Windows")
+@pytest.mark.exhaustive  # `make test` has it among the faults
 def test_a_killed_run_says_so_and_resumes(config: Path):
     process, run = _training(config, "budget.images=120")
     process.kill()
     process.communicate()
     status = run.status()
     assert status.state == "interrupted"
-    assert f"interrupted at step {status.step}" in lorasmith(config.parent, "runs").stdout
+    assert f"Interrupted at step {status.step}" in lorasmith(config.parent, "runs").stdout
     lorasmith(config.parent, "resume", "short")
     assert run.status().state == "done"
 
@@ -164,11 +161,15 @@ def _training(config: Path, *settings: str) -> tuple[subprocess.Popen[bytes], Ru
         stderr=subprocess.PIPE,
     )
     run = RunFolder(config.parent / "runs/short")
-    end = time.monotonic() + 240
-    while run.status().step < 1:
-        assert time.monotonic() < end, "no step was taken"
-        time.sleep(0.1)
+    _wait(lambda: run.status().step)
     return process, run
+
+
+def _wait(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,7 +295,7 @@ def test_a_finished_runs_name_is_refused(config: Path):
     lorasmith(config.parent, "train", config)
     before = {path: path.stat().st_mtime_ns for path in config.parent.rglob("*") if path.is_file()}
     done = lorasmith(config.parent, "train", config, code=2)
-    assert "'short' is in use (done, " in done.stderr
+    assert "'short' is in use (Done, " in done.stderr
     assert "--set name=" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in config.parent.rglob("*") if path.is_file()} == before
 

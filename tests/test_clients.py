@@ -743,7 +743,7 @@ GARBAGE: dict[str, Weights] = {
     },
     "half a LoKr": {"lora_unet_conv_in.lokr_w1": torch.zeros(1), "lora_unet_conv_out.lokr_w2_a": torch.zeros(2, 2)},
     "a LoHa of alphas": {f"lora_unet_conv_in.hada_w{n}_{side}": torch.zeros(()) for n in (1, 2) for side in "ab"},
-    "names of many lines": {"lora_unet_\n" * 99 + ".lora_down.weight": torch.zeros(1), "\n": torch.zeros(1)},
+    "names of many lines": {"lora_unet_\n" * 80 + ".lora_down.weight": torch.zeros(1), "\n": torch.zeros(1)},
     "an embedding": {"emb_params": torch.zeros(2, 768)},
     "embeddings in a bundle": {"bundle_emb.word.clip_l": torch.zeros(2, 768), "bundle_emb": torch.zeros(1)},
     "a whole model": {

@@ -496,11 +496,15 @@ OTHER: dict[str, Any] = {
     "sample.prompts": ["a"],
     "export.tag_threshold": 5,
     "export.strength": 0.8,
+    "runtime.fast_lora": False,
+    "runtime.autocast": True,
+    "runtime.flat_optimizer": False,
 }
 """Of settings that depend on others, a value that is not the default."""
 WITHOUT = {
     "adapter.kind": ("oft", "lokr", "loha", "dora", "full", "lora"),
     "adapter.targets": ("attention",),
+    "optimizer.kind": ("lion", "adafactor"),
     "optimizer.schedule": ("constant", "cosine"),
     "objective.weighting": ("none", "debiased"),
     "objective.loss": ("mse", "l1"),

@@ -12,7 +12,9 @@ from PIL import Image
 
 from lorasmith.datasets.folder import scan
 from lorasmith.trainer.bases import POCKET, inspect_base
-from lorasmith.trainer.demo import EXAMPLES, STYLE, _free_name, _true, measure_style, read_held_out
+from lorasmith.trainer.demo import _true, measure_style, read_held_out
+from lorasmith.trainer.example import EXAMPLES, STYLE, example_config
+from lorasmith.trainer.jobs import free_name
 from lorasmith.trainer.models import load_base
 from lorasmith.trainer.sample import before_after_grid
 from lorasmith.trainer.score import StyleMeasure, colour_layout, colour_layout_distance, pass_through
@@ -74,10 +76,11 @@ def test_colour_layout_distance_of_white_and_black_is_one():
 
 
 def test_a_second_demo_gets_a_name_of_its_own(tmp_path: Path):
-    assert _free_name(tmp_path, "ink") == "ink"
+    assert free_name(tmp_path, "ink") == "ink"
     (tmp_path / "ink").mkdir()
     (tmp_path / "ink-2").mkdir()
-    assert _free_name(tmp_path, "ink") == "ink-3"
+    assert free_name(tmp_path, "ink") == "ink-3"
+    assert example_config(tmp_path).name == STYLE
 
 
 def test_the_grid_shows_each_pair_where_its_label_is():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,26 @@ from lorasmith.trainer.events import (
     Step,
     Stopped,
     Warned,
-    history,
     read_events,
 )
 
-STEP = Step(step=3, images=12, loss=0.125, grad_norm=0.5, lr={"unet": 1e-4, "text_encoder": 5e-5}, seconds=0.25)
+STEP = Step(
+    step=3,
+    images=12,
+    loss=0.125,
+    grad_norm=0.5,
+    lr={"unet": 1e-4, "text_encoder": 5e-5},
+    seconds=0.25,
+    memory_mib=512.5,
+)
 ALL: list[Event] = [
     Phase("encoding images", 1, 4),
-    PlanMade(10, 40, {"images": 4}, [{"name": "unet", "modules": 2}]),
+    PlanMade(10, 40, {"images": 4}, [{"name": "unet", "modules": 2}], {"sample": 5, "save": 0}),
     STEP,
     Sampled(0, "samples/step-000000", ["emoji of cat", "猫 \n second line"]),
     Checkpointed(3, "checkpoints/step-000003"),
     Warned("a warning"),
-    Failed("went wrong", 3),
+    Failed("went wrong", 3, "Mend it.", ["runtime.precision=fp32"], ["optimizer.lr=1e-5"], 2),
     Stopped(3),
     Done(10, ["exports/x.safetensors"]),
 ]
@@ -85,6 +93,7 @@ def test_each_line_is_one_object_with_time_and_type(tmp_path: Path):
         "grad_norm": 0.5,
         "lr": {"unet": 1e-4, "text_encoder": 5e-5},
         "seconds": 0.25,
+        "memory_mib": 512.5,
     }
 
 
@@ -121,6 +130,23 @@ def test_after_a_torn_line_the_next_record_stands_on_its_own(tmp_path: Path, cut
     assert events_of(path)[-1] == Stopped(3)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="the size of files cannot be limited on Windows")
+def test_after_a_line_that_a_full_disk_has_torn_the_next_stands_on_its_own(tmp_path: Path):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = log_of(tmp_path / "events.jsonl", [Warned("first")])
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        with pytest.raises(OSError, match="too large"):
+            log.append(Warned("x" * 200))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "events.jsonl").stat().st_size == 100
+    log.append(Warned("last"))
+    assert events_of(tmp_path / "events.jsonl") == [Warned("first"), Warned("last")]
+
+
 def test_a_line_torn_in_the_middle_of_a_letter_is_passed_over(tmp_path: Path):
     path = tmp_path / "events.jsonl"
     log_of(path, [Warned("first")])
@@ -137,6 +163,7 @@ def test_a_line_torn_in_the_middle_of_a_letter_is_passed_over(tmp_path: Path):
         '{"type": "warning", "message": "no time"}',
         '{"time": 1.0, "type": "checkpoint"}',
         '{"time": 1.0}',
+        '{"time": "noon", "type": "warning", "message": "x"}',
         "[1, 2]",
         '"text"',
         "3",
@@ -144,6 +171,19 @@ def test_a_line_torn_in_the_middle_of_a_letter_is_passed_over(tmp_path: Path):
         "",
         "not json",
         '{"time": 1.0, "type": ["warning"], "message": "x"}',
+        '{"time": 1.0, "type": "stopped", "step": "x"}',
+        '{"time": 1.0, "type": "stopped", "step": 1.5}',
+        '{"time": 1.0, "type": "stopped", "step": -1}',
+        '{"time": 1.0, "type": "stopped", "step": 9223372036854775808}',
+        '{"time": 1.0, "type": "stopped", "step": 1e400}',
+        '{"time": 1e400, "type": "stopped", "step": 1}',
+        '{"time": 1.0, "type": "warning", "message": 3}',
+        '{"time": 1.0, "type": "done", "step": 1, "exports": "x"}',
+        '{"time": 1.0, "type": "plan", "steps": 1, "images": 1, "every": {"save": "x"}}',
+        '{"time": 1.0, "type": "step", "step": 1, "images": 4, "loss": 1, "grad_norm": 1, "lr": 3, "seconds": 1}',
+        '{"time": 1.0, "type": "step", "step": 1, "images": 4, "loss": [], "grad_norm": 1, "lr": {}, "seconds": 1}',
+        "[" * 100_000,
+        "\0" * 4096,
     ],
 )
 def test_a_line_that_is_no_known_record_is_passed_over(tmp_path: Path, line: str):
@@ -153,6 +193,13 @@ def test_a_line_that_is_no_known_record_is_passed_over(tmp_path: Path, line: str
         file.write(line + "\n")
     log_of(path, [Warned("last")])
     assert events_of(path) == [Warned("first"), Warned("last")]
+
+
+def test_what_earlier_versions_did_not_tell_has_a_default(tmp_path: Path):
+    path = tmp_path / "events.jsonl"
+    step = '{"time": 1.0, "type": "step", "step": 1, "images": 4, "loss": 1, "grad_norm": 1, "lr": {}, "seconds": 1}'
+    path.write_text(f'{step}\n{{"time": 2.0, "type": "error", "message": "x", "step": 0}}\n', encoding="utf-8")
+    assert events_of(path) == [Step(1, 4, 1, 1, {}, 1, 0.0), Failed("x")]
 
 
 def test_fields_of_later_versions_are_passed_over(tmp_path: Path):
@@ -192,46 +239,3 @@ def test_a_half_letter_in_a_file_name_can_be_written(tmp_path: Path):
     event = Failed("bad name \udcff.png", 1)
     log_of(tmp_path / "events.jsonl", [event])
     assert events_of(tmp_path / "events.jsonl") == [event]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# history
-
-
-def step(number: int, loss: float = 0.5) -> Step:
-    return Step(number, 4 * number, loss, 0.5, {"unet": 1e-4}, 0.1)
-
-
-def history_of(path: Path, *events: Event) -> list[Event]:
-    log_of(path / "events.jsonl", list(events))
-    return [record.event for record in history(path / "events.jsonl")]
-
-
-def test_a_run_that_was_not_killed_has_all_of_its_records_as_history(tmp_path: Path):
-    assert history_of(tmp_path, *ALL) == ALL
-
-
-def test_a_step_that_comes_again_supersedes_all_from_it_on(tmp_path: Path):
-    kept = [PlanMade(9, 36), Sampled(0, "s0", ["a"]), step(1), step(2), Checkpointed(2, "c2"), Sampled(2, "s2", ["a"])]
-    undone = [step(3), step(4), Sampled(4, "s4", ["a"]), Checkpointed(4, "c4"), step(5)]
-    again = [PlanMade(9, 36), step(3, 0.25), step(4, 0.25), Sampled(4, "s4", ["b"]), Checkpointed(4, "c4"), Done(4, [])]
-    assert history_of(tmp_path, *kept, *undone, *again) == [*kept, *again]
-
-
-def test_a_run_killed_twice_counts_each_step_once(tmp_path: Path):
-    found = history_of(tmp_path, step(1), step(2), step(3), step(2, 0.25), step(3, 0.25), step(3, 0.125), step(4))
-    assert found == [step(1), step(2, 0.25), step(3, 0.125), step(4)]
-
-
-def test_a_run_begun_again_shows_the_untouched_base_once(tmp_path: Path):
-    again = [Sampled(0, "s0", ["b"]), step(1, 0.25)]
-    assert history_of(tmp_path, Sampled(0, "s0", ["a"]), step(1), step(2), *again) == again
-
-
-def test_a_checkpoint_saved_twice_is_told_once(tmp_path: Path):
-    found = history_of(tmp_path, step(1), Checkpointed(1, "c"), Stopped(1), Checkpointed(1, "c"))
-    assert found == [step(1), Stopped(1), Checkpointed(1, "c")]
-
-
-def test_the_history_of_no_log_is_empty(tmp_path: Path):
-    assert history(tmp_path / "events.jsonl") == []

@@ -18,8 +18,6 @@ from lorasmith.trainer.cli import app
 from lorasmith.trainer.configfile import to_toml
 from lorasmith.trainer.errors import ConfigError, RunError, UserError
 from lorasmith.trainer.full import trained_weights
-from lorasmith.trainer.jobs import create_run
-from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.lorafile import LoraFile
 from lorasmith.trainer.models import Base, load_base
 from lorasmith.trainer.paths import lies_in, path_of
@@ -148,21 +146,6 @@ def test_a_lora_rate_is_warned_of(full):
     assert not any(
         "1e-5" in warning for warning in make_plan(full(optimizer={"lr": 1e-5, "text_encoder_lr": 5e-6})).warnings()
     )
-
-
-def test_a_resumed_run_equals_an_unbroken_one(full):
-    whole = adapter_state(trained_run(full(name="whole")).base)
-
-    plan = make_plan(full(name="parts"))
-    asked = iter([False, False, True])
-    folder = create_run(plan.config)
-    Trainer(plan, folder, lambda event: None).train(lambda: next(asked))
-    assert folder.saved_steps() == [2]
-    finished = run.resume(folder, [], lambda event: None)
-    parts = adapter_state(run.load_run(finished.run.path, None).base)
-
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_strength_interpolates_between_the_base_and_the_tuned_weights(full):

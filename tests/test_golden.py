@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from lorasmith.trainer.configfile import validate
-from lorasmith.trainer.demo import EXAMPLES, STYLE
 from lorasmith.trainer.events import Event, Step
+from lorasmith.trainer.example import EXAMPLES, STYLE
 from lorasmith.trainer.jobs import create_run
 from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.plan import make_plan

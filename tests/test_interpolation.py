@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from lorasmith.trainer.adapter import base_weight, strength
 from lorasmith.trainer.baking import bake
 from lorasmith.trainer.bases import inspect_base
+from lorasmith.trainer.checkpoint import load_checkpoint, save_checkpoint
 from lorasmith.trainer.config import AdapterSection
 from lorasmith.trainer.configfile import merge as merge_settings
 from lorasmith.trainer.configfile import validate
@@ -295,9 +297,8 @@ def test_the_rank_of_the_runs_is_kept_and_what_that_cuts_off_is_told(make: Make)
 
 def same_again(run: RunFolder, step: int, copy: int) -> None:
     """Another checkpoint that holds the same."""
-    shutil.copytree(run.checkpoint(step), run.checkpoint(copy))
-    file = run.checkpoint(copy) / "state.json"
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"step": copy}), encoding="utf-8")
+    checkpoint = load_checkpoint(run.checkpoint(step))
+    save_checkpoint(run.checkpoint(copy), replace(checkpoint, state=replace(checkpoint.state, step=copy)))
 
 
 @pytest.mark.parametrize("adapter", [{}, WHOLE], ids=["lora", "full"])

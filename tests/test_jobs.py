@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -33,14 +36,15 @@ from lorasmith.trainer.events import (
     Failed,
     Phase,
     PlanMade,
+    Sampled,
     Step,
     Stopped,
     Warned,
 )
 from lorasmith.trainer.files import atomic_file, atomic_folder, user_cache, writable
 from lorasmith.trainer.jobs import (
+    Request,
     RunFolder,
-    Status,
     check_name_is_free,
     create_run,
     find_runs,
@@ -48,6 +52,9 @@ from lorasmith.trainer.jobs import (
     open_run,
     start_detached,
 )
+from lorasmith.trainer.owner import ProcessId, write_process
+from lorasmith.trainer.status import Status, duration
+from lorasmith.trainer.story import Story
 
 
 def config_in(folder: Path, name: str = "my run") -> RunConfig:
@@ -69,7 +76,7 @@ def log(run: RunFolder, *events: Event) -> None:
 
 
 def step(number: int) -> Step:
-    return Step(number, number * 4, 0.5, 1.0, {"unet": 1e-4}, 0.1)
+    return Step(number, number * 4, 0.5, 1.0, {"unet": 1e-4}, 0.1, 1536.0)
 
 
 @pytest.fixture
@@ -102,11 +109,16 @@ def test_a_new_run_folder_holds_its_complete_configuration(tmp_path: Path):
 
 def test_the_names_in_a_run_folder_are_the_contract():
     run = RunFolder(Path("runs", "x"))
-    assert [path.as_posix() for path in (run.config, run.events, run.exports, run.stop_file)] == [
+    assert [path.as_posix() for path in (run.config, run.events, run.exports, run.log)] == [
         "runs/x/config.toml",
         "runs/x/events.jsonl",
         "runs/x/exports",
+        "runs/x/trainer.log",
+    ]
+    assert [run.request(what).as_posix() for what in ("stop", "save", "sample")] == [
         "runs/x/stop",
+        "runs/x/save",
+        "runs/x/sample",
     ]
     assert run.checkpoint(500).as_posix() == "runs/x/checkpoints/step-000500"
     assert run.samples(0).as_posix() == "runs/x/samples/step-000000"
@@ -122,7 +134,7 @@ def test_a_name_in_use_is_refused_and_the_run_is_left_as_it_was(run: RunFolder):
         assert caught.value.problems == [
             Problem(
                 str(run.path),
-                "the name 'my run' is in use (done, 10 steps)",
+                "the name 'my run' is in use (Done, 10 steps)",
                 f"Choose another name (--set name=...), or continue it with: lorasmith resume {run.path}",
             )
         ]
@@ -184,7 +196,9 @@ def test_checking_a_name_creates_nothing(tmp_path: Path):
 
 def test_a_run_without_events_is_new(run: RunFolder):
     assert run.status() == Status("new", 0, 0, 0)
-    assert run.status().sentence == "not started"
+    assert run.status().sentence == "Not started."
+    assert run.status().can_resume
+    assert not run.status().is_active
 
 
 @pytest.mark.parametrize(
@@ -192,48 +206,61 @@ def test_a_run_without_events_is_new(run: RunFolder):
     [
         (
             [PlanMade(10, 40), step(3)],
-            Status("interrupted", 3, 10, 0),
-            "interrupted at step 3 of 10, saved up to step 0",
+            Status("interrupted", 3, 10, 0, loss=0.5),
+            "Interrupted at step 3 of 10, nothing was saved.",
         ),
         (
             [PlanMade(10, 40), step(4), Checkpointed(4, "c"), step(5)],
-            Status("interrupted", 5, 10, 4),
-            "interrupted at step 5 of 10, saved up to step 4",
+            Status("interrupted", 5, 10, 4, loss=0.5),
+            "Interrupted at step 5 of 10, saved up to step 4.",
         ),
         (
             [PlanMade(10, 40), step(4), Checkpointed(4, "c"), Stopped(4)],
-            Status("stopped", 4, 10, 4),
-            "stopped and saved at step 4 of 10",
+            Status("stopped", 4, 10, 4, loss=0.5),
+            "Stopped and saved at step 4 of 10.",
         ),
         (
             [PlanMade(10, 40), step(10), Checkpointed(10, "c"), Done(10, [])],
-            Status("done", 10, 10, 10),
-            "done, 10 steps",
+            Status("done", 10, 10, 10, loss=0.5),
+            "Done, 10 steps.",
         ),
         (
             [PlanMade(10, 40), step(2), Failed("loss is nan", 2)],
-            Status("failed", 2, 10, 0, "loss is nan"),
-            "failed at step 2: loss is nan",
+            Status("failed", 2, 10, 0, "loss is nan", loss=0.5),
+            "Failed at step 2: loss is nan.",
+        ),
+        (
+            [Failed("out of ink.", 0, "Buy some.", ["a=1"], ["b=2", "c=3"], 7)],
+            Status("failed", 0, 0, 0, "out of ink.", "Buy some.", ("a=1",), ("b=2", "c=3"), 7),
+            "Failed before the first step: out of ink.",
         ),
         (
             [PlanMade(10, 40), step(4), Stopped(4), PlanMade(20, 80), step(5)],
-            Status("interrupted", 5, 20, 0),
-            "interrupted at step 5 of 20, saved up to step 0",
+            Status("interrupted", 5, 20, 0, loss=0.5),
+            "Interrupted at step 5 of 20, nothing was saved.",
         ),
         (
             [PlanMade(10, 40), step(10), Phase("exporting and verifying")],
-            Status("interrupted", 10, 10, 0),
-            "interrupted at step 10 of 10, saved up to step 0",
+            Status("interrupted", 10, 10, 0, loss=0.5),
+            "Interrupted at step 10 of 10, nothing was saved.",
         ),
-        ([Phase("loading the base"), Warned("x")], Status("interrupted", 0, 0, 0), None),
+        (
+            [Phase("loading the base"), Warned("x")],
+            Status("interrupted", 0, 0, 0),
+            "Interrupted before the first step.",
+        ),
     ],
-    ids=["killed", "killed after a save", "stopped", "done", "failed", "resumed and killed", "in export", "in loading"],
+    ids=[
+        *("killed", "killed after a save", "stopped", "done", "failed", "failed at once", "resumed and killed"),
+        *("in export", "in loading"),
+    ],
 )
-def test_status_of_a_run_without_a_process(run: RunFolder, events: list[Event], status: Status, sentence: str | None):
+def test_status_of_a_run_without_a_process(run: RunFolder, events: list[Event], status: Status, sentence: str):
     log(run, *events)
     assert run.status() == status
-    if sentence:
-        assert run.status().sentence == sentence
+    assert run.status().sentence == sentence
+    assert not run.status().is_active
+    assert run.status().can_resume == (status.state != "done")
 
 
 def test_the_saved_step_is_that_of_the_folders_which_are_there(run: RunFolder):
@@ -241,24 +268,85 @@ def test_the_saved_step_is_that_of_the_folders_which_are_there(run: RunFolder):
     assert run.status().saved_step == 6
     run.checkpoint(6).rmdir()
     assert run.status().saved_step == 4
-    assert run.status().sentence == "interrupted at step 6 of 10, saved up to step 4"
+    assert run.status().sentence == "Interrupted at step 6 of 10, saved up to step 4."
 
 
-def test_a_run_of_this_process_is_running(run: RunFolder):
+def test_a_run_of_this_process_says_what_it_does(run: RunFolder):
     run.take_ownership()
-    log(run, Phase("loading the base"))
-    assert run.status() == Status("running", 0, 0, 0)
-    assert run.status().sentence == "preparing"
-    log(run, PlanMade(10, 40), step(3))
-    assert run.status().sentence == "training, step 3 of 10"
+    for event, state, sentence in [
+        (Phase("loading the base"), "preparing", "Loading the base."),
+        (Phase("encoding images", 14, 24), "preparing", "Encoding images, 14 of 24."),
+        (PlanMade(10, 40), "training", "Step 0 of 10. Estimating the time left."),
+        (Phase("drawing previews"), "sampling", "Drawing previews at step 0 of 10."),
+        (Sampled(0, "s", []), "training", "Step 0 of 10. Estimating the time left."),
+        (step(3), "training", "Step 3 of 10. Estimating the time left. 10 steps/s. 1.5 GB used. Loss 0.5."),
+        (Phase("saving"), "saving", "Saving step 3 of 10."),
+        (Checkpointed(3, "c"), "training", None),
+        (Phase("exporting and verifying"), "exporting", "Exporting and verifying what was trained in 3 steps."),
+    ]:
+        log(run, event)
+        assert run.status().state == state
+        assert sentence in (None, run.status().sentence)
+        assert run.status().is_active
+        assert not run.status().can_resume
     run.give_up_ownership()
     assert run.status().state == "interrupted"
+    assert run.status().memory == ""
 
 
-def test_a_run_of_another_living_process_is_running(run: RunFolder, sleeper: subprocess.Popen[bytes]):
+def test_a_run_in_its_stride_says_how_long_it_takes(run: RunFolder):
+    run.take_ownership()
+    log(run, PlanMade(20 + 8 * 36_000, 40), *(step(number) for number in range(1, 21)))
+    status = run.status()
+    assert status.left == pytest.approx(8 * 3600, abs=60)
+    end = datetime.now() + timedelta(seconds=status.left or 0)
+    day = "" if end.date() == datetime.now().date() else f"{end:%Y-%m-%d} "
+    assert status.sentence.startswith("Step 20 of 288020. 8 h 0 min left, ends ")
+    assert f"ends {day}" in status.sentence
+    assert re.search(r"ends [-\d ]*\d\d:\d\d\. 10 steps/s\. 1\.5 GB used\. Loss 0\.5\.$", status.sentence)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.2, "0 s"), (99.4, "99 s"), (100, "2 min"), (720, "12 min"), (5900, "98 min"), (11_100, "3 h 5 min")],
+)
+def test_durations_have_a_unit(seconds: float, told: str):
+    assert duration(seconds) == told
+
+
+def test_slow_steps_are_told_in_seconds(run: RunFolder):
+    run.take_ownership()
+    log(run, PlanMade(10, 40), replace(step(1), seconds=3.25, memory_mib=0.0))
+    assert run.status().sentence == "Step 1 of 10. Estimating the time left. 3.25 s/step. Loss 0.5."
+
+
+def test_a_story_that_is_kept_is_read_on(run: RunFolder):
+    story = Story(run.events)
+    log(run, PlanMade(10, 40), step(3))
+    assert run.status(story).step == 3
+    log(run, step(4))
+    assert run.status(story) == run.status()
+    assert story.step == 4
+
+
+def test_a_run_of_another_living_process_is_active(run: RunFolder, sleeper: subprocess.Popen[bytes]):
     owned_by(run, sleeper.pid)
     log(run, PlanMade(10, 40), step(3))
-    assert run.status().state == "running"
+    assert run.status().state == "training"
+
+
+def test_what_is_saved_was_taken_whatever_a_torn_log_has_lost(run: RunFolder):
+    log(run, PlanMade(10, 40), step(3), Checkpointed(8, "checkpoints/step-000008"))
+    assert (run.status().step, run.status().saved_step) == (8, 8)
+
+
+def test_a_run_that_was_killed_before_its_first_event_is_interrupted(run: RunFolder, sleeper: subprocess.Popen[bytes]):
+    owned_by(run, sleeper.pid)
+    assert run.status().state == "preparing"
+    assert run.status().sentence == "Starting."
+    sleeper.kill()
+    sleeper.wait()
+    assert run.status().state == "interrupted"
 
 
 def test_a_run_whose_process_was_killed_and_reaped_is_interrupted(run: RunFolder, sleeper: subprocess.Popen[bytes]):
@@ -308,7 +396,7 @@ def test_a_torn_last_line_does_not_hide_the_status(run: RunFolder):
     log(run, PlanMade(10, 40), step(3))
     with run.events.open("ab") as file:
         file.write(b'{"time": 1.0, "type": "do')
-    assert run.status() == Status("interrupted", 3, 10, 0)
+    assert run.status() == Status("interrupted", 3, 10, 0, loss=0.5)
 
 
 def test_saved_steps_are_the_checkpoint_folders_in_order(run: RunFolder):
@@ -339,11 +427,22 @@ def test_ownership_of_a_run_that_another_process_trains_is_refused(run: RunFolde
     assert run.owner_file.read_bytes() == before
 
 
-def test_taking_ownership_forgets_an_old_wish_to_stop(run: RunFolder):
-    run.stop_file.touch()
+def test_taking_ownership_forgets_what_was_asked_of_an_earlier_process(run: RunFolder):
+    write_process(run.request("stop"), replace(ProcessId.of(os.getpid()), boot="an earlier one"))
+    write_process(run.request("save"), ProcessId.of(os.getpid()))  # while this process was being started
+    run.request("sample").touch()  # by hand, of whoever trains it
     run.take_ownership()
-    assert not run.stop_file.exists()
+    assert not run.request("stop").exists()
+    assert run.request("save").exists()
+    assert run.request("sample").exists()
     assert run.owner_alive()
+
+
+def test_taking_ownership_forgets_what_was_asked_by_hand_before_this_process_was_there(run: RunFolder):
+    run.request("stop").touch()
+    os.utime(run.request("stop"), (0, 0))
+    run.take_ownership()
+    assert not run.request("stop").exists()
 
 
 def test_giving_up_ownership_twice_does_no_harm(run: RunFolder):
@@ -353,29 +452,79 @@ def test_giving_up_ownership_twice_does_no_harm(run: RunFolder):
     assert run.owner_alive() is False
 
 
-def test_stop_creates_the_stop_file_of_a_living_run(run: RunFolder, sleeper: subprocess.Popen[bytes]):
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("stop", "my run will save and stop after its current step."),
+        ("save", "my run will save after its current step."),
+        ("sample", "my run will draw previews after its current step."),
+    ],
+)
+def test_what_is_asked_of_a_living_run_is_a_file(
+    run: RunFolder, sleeper: subprocess.Popen[bytes], what: Request, told: str
+):
     owned_by(run, sleeper.pid)
-    run.ask_to_stop()
-    assert run.stop_file.exists()
+    assert ask(run, what) == told
+    assert run.request(what).exists()
+    assert not run.take_request(what)  # this is not the process that was asked
+    owned_by(run, os.getpid())
+    assert ask(run, what) == told
+    assert run.take_request(what)
+    assert not run.take_request(what)
+
+
+@pytest.mark.parametrize("what", ["stop", "save", "sample"])
+def test_of_a_run_that_is_exported_nothing_can_be_asked(run: RunFolder, what: Request):
+    run.take_ownership()
+    log(run, PlanMade(3, 12), step(3), Phase("exporting and verifying"))
+    assert ask(run, what) == "my run has taken its last step, and is being exported."
+    assert not run.request(what).exists()
 
 
 @pytest.mark.parametrize(
     ("events", "sentence"),
     [
-        ([], "not started"),
-        ([PlanMade(10, 40), step(10), Done(10, [])], "done, 10 steps"),
-        ([PlanMade(10, 40), step(3)], "interrupted at step 3 of 10, saved up to step 0"),
+        ([], "Not started"),
+        ([PlanMade(10, 40), step(10), Done(10, [])], "Done, 10 steps"),
+        ([PlanMade(10, 40), step(3)], "Interrupted at step 3 of 10, nothing was saved"),
     ],
     ids=["new", "done", "interrupted"],
 )
-def test_stop_is_refused_when_nothing_runs(run: RunFolder, events: list[Event], sentence: str):
+@pytest.mark.parametrize(("what", "nothing"), [("stop", "stop"), ("save", "save"), ("sample", "draw")])
+def test_nothing_can_be_asked_where_nothing_runs(
+    run: RunFolder, events: list[Event], sentence: str, what: Request, nothing: str
+):
     log(run, *events)
     with pytest.raises(RunError) as caught:
-        run.ask_to_stop()
+        ask(run, what)
     assert caught.value.problems == [
-        Problem(str(run.path), f"is not being trained ({sentence})", "There is nothing to stop.")
+        Problem(str(run.path), f"is not being trained ({sentence})", f"There is nothing to {nothing}.")
     ]
-    assert not run.stop_file.exists()
+    assert not run.request(what).exists()
+
+
+def ask(run: RunFolder, what: Request) -> str:
+    return {"stop": run.ask_to_stop, "save": run.ask_to_save, "sample": run.ask_to_sample}[what]()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# choosing
+
+
+def test_a_checkpoint_is_chosen_while_it_is_there(run: RunFolder):
+    assert run.chosen is None
+    run.checkpoint(4).mkdir(parents=True)
+    run.choose(4, 0.8)
+    assert run.chosen == (4, 0.8)
+    assert json.loads((run.path / "chosen.json").read_text(encoding="utf-8")) == {"step": 4, "strength": 0.8}
+    run.checkpoint(4).rmdir()
+    assert run.chosen is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"step": "x", "strength": 1}', '{"step": 4}'])
+def test_a_choice_that_cannot_be_read_is_none(run: RunFolder, content: str):
+    (run.path / "chosen.json").write_text(content, encoding="utf-8")
+    assert run.chosen is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,7 +625,7 @@ def next_line(process: subprocess.Popen[str]) -> str:
 
 def test_of_several_processes_one_creates_the_run(tmp_path: Path):
     said = at_once("create_run(config)", tmp_path)
-    assert said == ["the name 'x' is in use (not started)"] * 3 + ["yes"]
+    assert said == ["the name 'x' is in use (Not started)"] * 3 + ["yes"]
     assert [file.name for file in (tmp_path / "runs").iterdir()] == ["x"]
     assert RunFolder(tmp_path / "runs" / "x").read_config().name == "x"
 
@@ -567,8 +716,13 @@ def test_the_first_of_the_processes_is_the_main_one(monkeypatch: pytest.MonkeyPa
 def test_what_a_detached_command_says_is_in_its_log(tmp_path: Path):
     process = start_detached(["stop", str(tmp_path / "none")], tmp_path / "runs" / "none.log")
     assert process.wait(60) == 2
-    assert "error: " in (said := (tmp_path / "runs" / "none.log").read_text(encoding="utf-8"))
-    assert "is not a run folder" in said
+    again = start_detached(["stop", str(tmp_path / "other")], tmp_path / "runs" / "none.log")
+    assert again.wait(60) == 2
+    said = (tmp_path / "runs" / "none.log").read_text(encoding="utf-8").splitlines()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d lorasmith stop .*none'?", said[0])
+    assert said[1].startswith("error: ")
+    assert "is not a run folder" in said[1]
+    assert said[2].rstrip("'").endswith("other")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -597,7 +751,7 @@ def test_a_checkpoint_may_be_pruned_while_its_tensors_are_in_use(run: RunFolder,
     assert tensors["w"].tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("file", ["state.json", "adapter.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("file", ["state.json", "adapter.safetensors", "optimizer.pt", "origin.json"])
 @pytest.mark.parametrize("content", [b"", b"[]", b"[1]", b"3", b"{}", b"\xff\xfe", b"null"])
 def test_a_damaged_checkpoint_names_its_folder(saved: Path, file: str, content: bytes):
     (saved / file).write_bytes(content)

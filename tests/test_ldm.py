@@ -29,10 +29,11 @@ from lorasmith.trainer.config import AdapterSection
 from lorasmith.trainer.errors import BaseModelError, ExportError, UserError
 from lorasmith.trainer.fitting import put_on
 from lorasmith.trainer.ldm import from_ldm, to_ldm, with_text_model
-from lorasmith.trainer.models import FAMILIES, Base, load_base
-from lorasmith.trainer.singlefile import COMPONENTS, read_single_file
-from lorasmith.trainer.wholemodel import save_checkpoint_file, save_model_folder, unpack
+from lorasmith.trainer.models import FAMILIES, Base, clip_tokenizer, load_base
+from lorasmith.trainer.singlefile import COMPONENTS, SingleFile, read_single_file
+from lorasmith.trainer.wholemodel import save_checkpoint_file, save_model_folder
 
+from .conftest import unpack
 from .tiny import MAKERS
 
 Weights = dict[str, dict[str, Tensor]]
@@ -441,6 +442,12 @@ def test_damaged_configurations_give_one_error(pocket_file: Path, text: str):
         read_single_file(pocket_file, "base.model")
 
 
+def parts_of(found: SingleFile) -> Any:
+    """Weights and tokenizer."""
+    weights = from_ldm(found.family, found.file.tensors(), found.configs["unet"], found.configs["vae"])
+    return weights, clip_tokenizer(found.configs["tokenizer"], "base.model")
+
+
 @pytest.mark.parametrize(
     ("component", "config", "message"),
     [
@@ -454,7 +461,10 @@ def test_configurations_of_no_model_give_one_error(
 ):
     configs = read_single_file(pocket_file, "base.model").configs | {component: config}
     rewrite(pocket_file, {COMPONENTS: json.dumps({"family": "sd1", **configs})})
+    found = read_single_file(pocket_file, "base.model")
     with pytest.raises(BaseModelError, match=message):
+        parts_of(found)
+    with pytest.raises(BaseModelError):
         unpack(pocket_file, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 

@@ -10,14 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from lorasmith.trainer.adapter import adapter_state
-from lorasmith.trainer.checkpoint import load_checkpoint
 from lorasmith.trainer.config import OptimizerSection, RunConfig, Schedule
 from lorasmith.trainer.configfile import validate
 from lorasmith.trainer.errors import ConfigError
-from lorasmith.trainer.events import Event, Step
-from lorasmith.trainer.jobs import RunFolder, create_run
-from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.optim import (
     effective_rates,
     make_optimizer,
@@ -27,7 +22,6 @@ from lorasmith.trainer.optim import (
     warnings_of,
     with_own_betas,
 )
-from lorasmith.trainer.plan import make_plan
 from lorasmith.trainer.rehearsal import check_optimizer
 
 FALLING: list[Schedule] = ["linear", "cosine", "polynomial", "rex", "wsd"]
@@ -173,25 +167,6 @@ def test_every_kind_solves_a_small_problem(kind: str):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_passes_its_rehearsal(kind: str):
     check_optimizer(configured(kind=kind, lr=KINDS[kind]["lr"], text_encoder_lr=KINDS[kind]["lr"]))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_stop_and_resume_equals_an_unbroken_run_bit_for_bit(kind: str, short_run):
-    rates = {"lr": KINDS[kind]["lr"] / 10, "text_encoder_lr": KINDS[kind]["lr"] / 10}
-    plan = make_plan(short_run(optimizer=KINDS[kind] | rates | {"kind": kind}, save={"every": 2}))
-    events: list[Event] = []
-    unbroken = Trainer(plan, create_run(plan.config), events.append)
-    untrained = adapter_state(unbroken.base)
-    assert unbroken.train(lambda: False) == "finished"
-    trained = adapter_state(unbroken.base)
-    assert all(not torch.equal(trained[name], untrained[name]) for name in trained if name.endswith(".up"))
-
-    resumed = Trainer(plan, RunFolder(unbroken.run.path), events.append, load_checkpoint(unbroken.run.checkpoint(2)))
-    assert resumed.state.step == 2
-    assert resumed.train(lambda: False) == "finished"
-    assert all(torch.equal(tensor, trained[name]) for name, tensor in adapter_state(resumed.base).items())
-    losses = [(event.step, event.loss) for event in events if isinstance(event, Step)]
-    assert len(losses) == len(set(losses)) + plan.steps - 2  # each loss after the checkpoint is there twice
 
 
 def test_the_default_is_adamw_with_the_weight_decay_of_the_settings():

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from lorasmith.trainer.bases import POCKET, inspect_base
-from lorasmith.trainer.demo import EXAMPLES
+from lorasmith.trainer.example import EXAMPLES
 from lorasmith.trainer.models import load_base
 from lorasmith.trainer.score import recall_at, retrieval_ranks
 from tools.pocket import sources, untrained, vae, world

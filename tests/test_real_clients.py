@@ -21,6 +21,7 @@ from tools.clients.places import NotAtHand, Place, python_of
 from tools.clients.verdicts import TOLERANCE, Report, Verdict, errors_of, reading_of, refusals, table
 
 FAMILIES: list[FamilyName] = list(ARCHITECTURE)
+_FURTHER = pytest.mark.exhaustive
 DIFFUSERS = CLIENTS[0]
 DIFFUSERS_READS: Readings = {
     ("LoRA", "kohya"): {"diffusers": "same"},
@@ -36,7 +37,7 @@ ONE_FAMILY_IS_ENOUGH = {("LoHa", "kohya"), ("LoKr", "kohya"), ("LoRA", "diffuser
 FIVE = list(dict.fromkeys(kind for kind, _ in DIFFUSERS_READS))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[pytest.param(one, marks=[] if one == "sd1" else _FURTHER) for one in FAMILIES])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Subject, list[Case]]:
     """A narrow model with all the layers of the published one, and a file of each kind in each format."""
     folder = tmp_path_factory.mktemp(request.param)

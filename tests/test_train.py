@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 from lorasmith.trainer import run
 from lorasmith.trainer.adapter import adapter_state, strength
 from lorasmith.trainer.bases import inspect_base
-from lorasmith.trainer.checkpoint import load_checkpoint
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.configfile import to_toml
 from lorasmith.trainer.diagnosis.inspection import inspect
@@ -131,53 +129,6 @@ def test_accumulating_is_the_same_as_a_larger_batch_of_the_same_images(short_run
     assert step.images == sum(len(batch) for batch in batches)
 
 
-RESUMED: dict[str, dict[str, Any]] = {
-    "cosine": {"optimizer": {"schedule": "cosine"}},
-    "linear": {"optimizer": {"schedule": "linear"}},
-    "constant": {"optimizer": {"schedule": "constant"}},
-    "dora": {"adapter": {"kind": "dora"}},
-    "loha with dropout": {"adapter": {"kind": "loha", "rank_dropout": 0.3, "module_dropout": 0.3}},
-    "lokr": {"adapter": {"kind": "lokr"}},
-    "oft": {"adapter": {"kind": "oft", "rank": 16, "alpha": 16.0}},
-    "lora with dropout": {"adapter": {"dropout": 0.3}},
-    "pissa": {"adapter": {"init": "pissa"}},
-    "olora": {"adapter": {"init": "olora"}},
-    "eva": {"adapter": {"init": "eva"}},
-    "new tokens": {"adapter": {"new_tokens": 2}},
-    "coarser noise": {"objective": {"multires_noise_iterations": 4, "input_perturbation": 0.1}},
-    "averages": {"optimizer": {"ema_decay": 0.9}},
-}
-
-
-@pytest.mark.parametrize("case", RESUMED)
-def test_stop_and_resume_equals_an_unbroken_run_bit_for_bit(case, short_run):
-    budget = {"images": 24, "batch": 2, "accumulate": 2}
-    settings = {"budget": budget, "objective": {"noise_offset": 0.1}} | RESUMED[case]
-    unbroken, _ = train_weights(short_run(**settings))
-
-    plan = make_plan(short_run(name="broken", **settings))
-    folder = create_run(plan.config)
-    first = Trainer(plan, folder, lambda event: None)
-    assert first.train(lambda: first.state.step == 3) == "stopped"
-    checkpoint = load_checkpoint(folder.checkpoint(3))
-    second = Trainer(plan, folder, lambda event: None, checkpoint)
-    assert second.train(lambda: False) == "finished"
-
-    resumed = adapter_state(second.base)
-    assert resumed.keys() == unbroken.keys()
-    assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
-
-
-def test_resume_refuses_changed_captions(short_run, pictures):
-    plan = make_plan(short_run())
-    folder = create_run(plan.config)
-    trainer = Trainer(plan, folder, lambda event: None)
-    trainer.train(lambda: trainer.state.step == 1)
-    (pictures / "picture 0.txt").write_text("another caption", encoding="utf-8")
-    with pytest.raises(RunError, match="images or captions have changed"):
-        run.resume(folder, [], lambda event: None)
-
-
 def test_a_finished_run_is_extended_by_raising_its_budget(short_run):
     finished = run.train(make_plan(short_run(optimizer={"schedule": "constant"})), lambda event: None)
     steps = finished.run.status().steps
@@ -209,6 +160,7 @@ def test_a_loss_that_is_not_finite_stops_at_once_and_names_the_files(tmp_path, s
     status = RunFolder(tmp_path / "runs/short").status()
     assert status.state == "failed"
     assert status.step == 0
+    assert status.anew == ("optimizer.lr=0.0003", "optimizer.text_encoder_lr=0.0003")
 
 
 def test_keep_leaves_the_newest_checkpoints(short_run):
@@ -251,7 +203,8 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path, short_run):
 def test_previews_start_with_the_untouched_base_and_say_how_they_were_made(short_run):
     from PIL import Image
 
-    plan = make_plan(short_run(sample={"every": 2, "steps": 2, "prompts": ["emoji of pizza"], "seed": 7}))
+    sample = {"every": 2, "steps": 2, "prompts": ["emoji of pizza"], "seed": 7}
+    plan = make_plan(short_run(sample=sample, runtime={"cpu_kernels": False}))  # they round otherwise than the base's
     folder = create_run(plan.config)
     Trainer(plan, folder, lambda event: None).train(lambda: False)
     base = load_base(inspect_base("pocket"))

@@ -18,8 +18,9 @@ import typer
 from lorasmith.trainer.adapter import strength
 from lorasmith.trainer.configfile import validate
 from lorasmith.trainer.console import Reporter
-from lorasmith.trainer.demo import EXAMPLES, STYLE, TRIGGER, measure_style, read_held_out
+from lorasmith.trainer.demo import measure_style, read_held_out
 from lorasmith.trainer.events import Event, Step
+from lorasmith.trainer.example import EXAMPLES, STYLE, TRIGGER
 from lorasmith.trainer.files import write_text
 from lorasmith.trainer.jobs import create_run
 from lorasmith.trainer.loop import Trainer

@@ -244,7 +244,7 @@ def adapter_state(base: Base) -> dict[str, Tensor]:
     Where the base's weights lack what an adapter began with, that is here as well.
     """
     weights = {name: parameter.detach() for name, parameter in trained_weights(base).items()}
-    return {name: tensor.float().cpu().clone() for name, tensor in (weights | _initials(base)).items()}
+    return {name: tensor.float().cpu().contiguous().clone() for name, tensor in (weights | _initials(base)).items()}
 
 
 def load_adapter_state(base: Base, state: dict[str, Tensor]) -> None:

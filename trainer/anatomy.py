@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from .architectures import ARCHITECTURES
-from .bases import POCKET, BaseInfo
+from .bases import NO_MODEL, POCKET, BaseInfo, require_modest
 from .config import RunConfig
 from .errors import BaseModelError, first_line
 from .fitting import Part, parts, put_on, read_start
@@ -43,10 +43,12 @@ def skeleton(info: BaseInfo) -> Base:
     """
     encoders, configs = FAMILIES[info.family].text_encoder_classes, _configs(info)
     try:
+        for config in (configs["unet"], *(configs[name] for name in encoders)):
+            require_modest(config)
         with torch.device("meta"):
             unet: Any = UNet2DConditionModel.from_config(configs["unet"])
             text = {name: kind(CLIPTextConfig.from_dict(configs[name])) for name, kind in encoders.items()}
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except NO_MODEL as error:
         what = f"a configuration of {info.model} makes no model: {first_line(error)}"
         raise BaseModelError(what, "base.model", "Save or download it again.") from error
     base = Base(info, [_tokenizer()] * len(text), text, vae=None, unet=unet, scheduler=DDIMScheduler())
@@ -74,7 +76,7 @@ def _configs(info: BaseInfo) -> dict[str, Any]:
             for name in FAMILIES[info.family].text_encoder_classes
         }
         return texts | {"unet": UNet2DConditionModel.load_config(info.source, subfolder="unet", **place)}
-    except (OSError, ValueError) as error:
+    except (OSError, *NO_MODEL) as error:
         raise BaseModelError(
             f"a configuration of {info.model} cannot be read: {first_line(error)}", "base.model", "Save it again."
         ) from error

@@ -22,9 +22,9 @@ class Averages:
     and nothing ever happens.
     """
 
-    def __init__(self, optimizer: Optimizer, ema_decay: float = 0.0) -> None:
+    def __init__(self, parameters: list[nn.Parameter], optimizer: Optimizer, ema_decay: float = 0.0) -> None:
         self.optimizer: Any = optimizer if averages_itself(type(optimizer)) else None
-        self.parameters: list[nn.Parameter] = [one for group in optimizer.param_groups for one in group["params"]]
+        self.parameters = parameters
         self.ema = EMAModel(self.parameters, decay=ema_decay, foreach=True) if ema_decay else None
 
     def __bool__(self) -> bool:
@@ -42,11 +42,11 @@ class Averages:
             yield
             return
         trained = [parameter.detach().clone() for parameter in self.parameters]
-        if self.optimizer:
-            self.optimizer.eval()
-        if self.ema:
-            self.ema.copy_to(self.parameters)
         try:
+            if self.optimizer:
+                self.optimizer.eval()
+            if self.ema:
+                self.ema.copy_to(self.parameters)
             yield
         finally:
             if self.optimizer:
@@ -60,6 +60,9 @@ class Averages:
         return self.ema.state_dict() if self.ema else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.ema:
-            self.ema.load_state_dict(state)
+        """Of a run that had no running average before, it begins with the weights there are now."""
+        if self.ema and state:
+            self.ema.load_state_dict(state | {"decay": self.ema.decay})
             self.ema.to(self.parameters[0].device)
+        elif self.ema:
+            self.ema = EMAModel(self.parameters, decay=self.ema.decay, foreach=True)

@@ -4,10 +4,9 @@ imported unless the base is a pickle."""
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import ssl
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from urllib.request import Request, urlopen
 
 from .architectures import ARCHITECTURES, FAMILY_TITLES, FamilyName
 from .errors import BaseModelError, first_line
+from .jsonfile import read_json
 from .singlefile import BY_NAME, PUBLISHED_VAE, SCALING_FACTOR, read_single_file, read_vae_file, says_v
 
 POCKET = Path(__file__).parent / "pocket"
@@ -103,7 +103,7 @@ def _inspect(model: str) -> BaseInfo:
             raise BaseModelError(f"there is no architecture {architecture!r}", "base.model", _ACCEPTED)
         parts = ARCHITECTURES[architecture]
         return _recognise(model, model, parts["unet"], parts["vae"], parts["scheduler"])
-    path = POCKET if model == "pocket" else Path(model).expanduser()
+    path = POCKET if model == "pocket" else _local(model, "base.model", _ACCEPTED)
     if path.is_dir():
         return _inspect_folder(model, path)
     if path.is_file():
@@ -111,6 +111,20 @@ def _inspect(model: str) -> BaseInfo:
     if not _HUB_ID.fullmatch(model):
         raise BaseModelError(f"{model} does not exist", "base.model", _ACCEPTED)
     return _inspect_hub(model)
+
+
+def _local(name: str, where: str, accepted: str) -> Path:
+    """The path that a name may be.
+
+    Raises:
+        BaseModelError: if it can be none, and no name on the Hub.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, or ~nobody
+        raise BaseModelError(f"{name[:100]!r} is neither a folder here nor a Hub id", where, accepted) from error
+    return path
 
 
 _HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
@@ -215,6 +229,38 @@ def _unreachable(model: str, where: str) -> BaseModelError:
     )
 
 
+MOST_LEVELS = 8
+"""Sizes of picture that a UNet or VAE works at; published ones have 3 or 4, and each more halves the sides."""
+LARGEST_SIDE = 4096
+"""Latents along one side that a UNet was trained at; published ones have 64 to 128."""
+MOST_LAYERS = 100
+"""Of one kind in one part of a model; the deepest text encoder has 32. One of a billion takes for ever to be made."""
+_LARGEST_SCALE = 1e6  # of latents; published VAEs have 0.13 to 0.18
+NO_MODEL = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
+"""What the libraries raise of a configuration that makes none."""
+
+
+def require_modest(config: Mapping[str, Any]) -> None:
+    """Refuse a configuration of a component that would take for ever to be made.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for key, value in config.items():
+        if isinstance(value, list | tuple) and len(value) > MOST_LAYERS:
+            raise ValueError(f"{key} is a list of {len(value)}")
+        if "layers" in key and max(_numbers_in(value), default=0) > MOST_LAYERS:
+            raise ValueError(f"{key} is {value}")
+
+
+def _numbers_in(value: Any) -> Iterator[float]:
+    if isinstance(value, list | tuple):
+        for inner in value:
+            yield from _numbers_in(inner)
+    elif isinstance(value, int | float):
+        yield value
+
+
 _CONFIG_FILES = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 
 
@@ -260,7 +306,7 @@ def _recognise(
 def _levels(config: dict[str, Any], model: str, where: str = "base.model") -> int:
     """How many resolutions a UNet or VAE works at; each next one halves the sides."""
     channels = config.get("block_out_channels")
-    if not isinstance(channels, list) or not channels:
+    if not isinstance(channels, list) or not 0 < len(channels) <= MOST_LEVELS:
         raise _unclear(config, "block_out_channels", model, where)
     return len(channels)
 
@@ -268,7 +314,7 @@ def _levels(config: dict[str, Any], model: str, where: str = "base.model") -> in
 def _side(unet: dict[str, Any], model: str) -> int:
     """Side of the square of latents the UNet was trained at."""
     side = unet.get("sample_size")
-    if not isinstance(side, int) or side < 1:
+    if not isinstance(side, int) or not 0 < side <= LARGEST_SIDE:
         raise _unclear(unet, "sample_size", model)
     return side
 
@@ -276,7 +322,7 @@ def _side(unet: dict[str, Any], model: str) -> int:
 def _scale(vae: dict[str, Any], default: float, model: str, where: str = "base.model") -> float:
     """What latents are multiplied by."""
     scale = vae.get("scaling_factor", default)
-    if not isinstance(scale, int | float) or not scale > 0:
+    if not isinstance(scale, int | float) or not 0 < scale < _LARGEST_SCALE:
         raise _unclear(vae, "scaling_factor", model, where)
     return float(scale)
 
@@ -288,12 +334,12 @@ def _unclear(config: dict[str, Any], key: str, model: str, where: str = "base.mo
 
 def _read_json(path: Path, where: str = "base.model") -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError:
         raise BaseModelError(f"{path} is missing", where, "The folder is incomplete; save it again.") from None
     except OSError as error:
         raise BaseModelError(f"{path} cannot be read ({error.strerror})", where, "Change its permissions.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise BaseModelError(f"{path} is not valid JSON ({error})", where, "Save the model again.") from None
     if not isinstance(values, dict):
         raise BaseModelError(f"{path} is not a JSON object", where, "Save the model again.")
@@ -355,7 +401,7 @@ _OTHER_SCALE = (
 
 def _find_vae(base: BaseInfo, vae: str) -> tuple[dict[str, Any], BaseInfo]:
     """A VAE's configuration, and the base with the place of its weights."""
-    path = Path(vae).expanduser()
+    path = _local(vae, "base.vae", _ACCEPTED_VAES)
     if path.is_file():
         config = read_vae_file(path, "base.vae")[1]
         assumptions = base.assumptions + (() if config["block_out_channels"] == PUBLISHED_VAE else (_ODD_VAE,))

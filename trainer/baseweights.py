@@ -8,7 +8,6 @@ diffusers folder, with the same names, header and configurations as `wholemodel.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,11 +24,12 @@ from transformers import CLIPTokenizer
 
 from ..datasets.workers import Progress
 from .anatomy import skeleton
-from .bases import BaseInfo, hub_answers
+from .bases import NO_MODEL, BaseInfo, hub_answers, require_modest
 from .delta import Changes, Delta
 from .errors import BaseModelError, ExportError, UserError, first_line
 from .export import DTYPES, Precision
 from .files import until_verified
+from .jsonfile import read_json
 from .ldm import from_ldm, ldm_parts, ldm_tensor, text_name, vae_from_file, with_text_model
 from .lorafile import LoraFile
 from .loraread import read_lora
@@ -244,9 +244,10 @@ def _outline(info: BaseInfo, scheduler: Mapping[str, Any], vae: Mapping[str, Any
 
 def _with_vae(outline: Base, config: Mapping[str, Any], where: str) -> Base:
     try:
+        require_modest(config)
         with torch.device("meta"):
             vae: Any = AutoencoderKL.from_config(dict(config))
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except NO_MODEL as error:
         what = f"its configuration makes no model: {first_line(error)}"
         raise BaseModelError(what, where, "Save or download it again.") from error
     return dataclasses.replace(outline, vae=vae)
@@ -316,7 +317,7 @@ def _find(source: str, revision: str, folder: str, where: str, name: str, online
 def _shards(index: Path, where: str) -> list[str]:
     """The files that hold the weights, each once."""
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return sorted(set(read_json(index)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BaseModelError(f"{index.name} is no index of weights", where, "Download the model again.") from None
 
@@ -382,6 +383,12 @@ def rewrite(
         return
     save = partial(_write_component, made)
     write_folder(target, info.family, configs_of(base), tokenizers_of(base), save)
+
+
+def unchanged(component: str, name: str, tensor: Tensor) -> Tensor:
+    """The `Change` by which a model is only written in another way."""
+    del component, name
+    return tensor
 
 
 def refuse_target(target: Path, sources: Iterable[str | Path]) -> None:

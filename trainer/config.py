@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from ..configs import recipe_names
 from .formats import Format
 from .idle import NESTED_PROBLEMS, RATE_FREE, RATES, problems_of
+from .painting.samplers import MOST_STEPS
 
 Kind = Literal["lora", "dora", "loha", "lokr", "oft", "boft", "full"]
 Targets = Literal["attention", "attention+ff", "all-linear", "all", "style-blocks"]
@@ -227,7 +228,7 @@ class BudgetSection(Section):
     images: int = Field(default=2000, ge=1, le=100_000_000)
     """Images seen in training. 20 images shown 100 times each are 2000."""
     batch: int = Field(default=4, ge=1, le=4096)
-    """Images in one forward and backward pass, on each process. Lower it when memory runs out."""
+    """Images in one forward and backward pass, on each process; fewer by itself where the memory is full."""
     accumulate: int = Field(default=1, ge=1, le=4096)
     """Batches whose gradients are added before the weights change. 2 x batch 2 equals batch 4 in less memory."""
 
@@ -362,7 +363,7 @@ class SampleSection(Section):
     """What the previews should not show."""
     seed: int = Field(default=1234, ge=0, lt=2**63)
     """The first prompt's seed; the second's is one more, and so on."""
-    steps: int = Field(default=25, ge=1, le=1000)
+    steps: int = Field(default=25, ge=1, le=MOST_STEPS)
     """DDIM steps of one preview."""
     guidance: float = Field(default=7.0, ge=1, le=50)
     """Classifier-free guidance scale. 1: none."""
@@ -409,6 +410,21 @@ class RuntimeSection(Section):
     """Precision of the computation; what is trained is kept in fp32. auto: bf16 or fp16 on a GPU, fp32 on a CPU."""
     attention: Attention = "auto"
     """Attention kernels. auto: PyTorch's own (sdpa). xformers needs an NVIDIA GPU."""
+    fast_lora: bool = True
+    """Compute each plain LoRA layer as one function, forward and backward: the same result in less time and memory.
+    false: PEFT's own way. Layers of another kind, and with dropout, always go PEFT's way."""
+    autocast: bool = False
+    """Let PyTorch choose the precision of each operation. false: with bf16 all of a base whose layers are fast ones
+    computes in bf16, which takes less time and memory; everything else is autocast in any case."""
+    flat_optimizer: bool = True
+    """Keep all matrices of one learning rate side by side in memory, so that AdamW's step is one operation for all.
+    false: one for each. Other optimizers, which may look at single matrices, always get them singly."""
+    cpu_kernels: bool = True
+    """On a CPU, compute convolutions over few pixels and short attention as products of matrices: the same result, and
+    faster. false: PyTorch's own kernels. On a GPU those are used in any case."""
+    channels_last: bool = False
+    """Keep the UNet's convolutions in the order of memory that some kernels prefer. Measure it with `lorasmith bench`:
+    it pays on some cards, and costs on others. On a CPU it takes the place of `cpu_kernels`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     vae_precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -21,10 +21,16 @@ from pydantic import ValidationError
 from ..configs import read_recipe, recipe_names
 from ..datasets.unpack import anchored
 from .config import RunConfig, Section, settings, table_of
-from .errors import ConfigError, Problem
+from .errors import ConfigError, Problem, first_line
 from .files import write_text
 from .idle import NESTED_PROBLEMS, dropped_by
 
+LARGEST = 256 * 2**10
+"""Bytes of a TOML file; a complete configuration with every comment has 15 KiB, and tomlkit reads slowly."""
+NO_TOML = (tomlkit.exceptions.TOMLKitError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What tomlkit raises of a text that is none: its own, of numbers and dates Python's, of deep nesting the last."""
+_DEEPEST = 5
+"""Keys of a dotted path; `block.0.kind` has 3."""
 Origin = Literal["default", "recipe", "file", "--set", "rule"]
 """Where a value comes from; a rule gives a learning rate that nobody gave, where its default would be wrong."""
 
@@ -53,15 +59,30 @@ def read_toml(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise ConfigError("is a folder, not a configuration file", str(path), "Name a .toml file.")
     try:
-        return tomlkit.parse(path.read_text(encoding="utf-8-sig")).unwrap()
+        if path.stat().st_size > LARGEST:
+            raise ConfigError(f"has more than {LARGEST >> 10} KiB", str(path), "Name a run's configuration.")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError("no such file", str(path), "Write one with: lorasmith init FILE --images DIR") from None
     except OSError as error:
         raise ConfigError(f"cannot be read ({error.strerror})", str(path), "Check its path and permissions.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"is not UTF-8 text ({error.reason})", str(path), "Save it as UTF-8.") from None
-    except tomlkit.exceptions.TOMLKitError as error:
-        raise ConfigError(f"is not valid TOML: {error}", str(path), "Mend that line.") from None
+    return parse_toml(text, str(path))
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """The tables of a TOML text as plain dictionaries.
+
+    Raises:
+        ConfigError: if it is not TOML, or longer than any configuration.
+    """
+    if len(text) > LARGEST:
+        raise ConfigError(f"has more than {LARGEST >> 10} KiB", where, "Give a run's configuration.")
+    try:
+        return tomlkit.parse(text).unwrap()
+    except NO_TOML as error:
+        raise ConfigError(f"is not valid TOML: {first_line(error)}", where, "Mend that line.") from None
 
 
 def validate(values: Mapping[str, Any], source: str = "configuration", overrides: Sequence[str] = ()) -> RunConfig:
@@ -225,7 +246,7 @@ def _parts_of(override: str) -> tuple[list[str], str]:
     """The keys and the text, as it is, of `section.key=value`."""
     dotted, equals, text = override.partition("=")
     keys = [key.strip() for key in dotted.split(".")]
-    if not equals or not all(keys):
+    if not equals or not all(keys) or len(keys) > _DEEPEST:
         raise ConfigError("is not of the form section.key=value", f"--set {override}", "Example: --set adapter.rank=8")
     if keys[0] in ("data", "block") and len(keys) == 2:
         keys.insert(1, "0")
@@ -242,7 +263,7 @@ def _below(table: Any, key: str, following: str, override: str) -> Any:
 
 
 def _list_entry(tables: list[Any], key: str, override: str) -> Any:
-    if not key.isdecimal() or int(key) > len(tables):
+    if not re.fullmatch(r"[0-9]{1,3}", key) or int(key) > len(tables):
         raise ConfigError(f"there is no table number {key}", f"--set {override}", "The first one is number 0.")
     if int(key) == len(tables):
         tables.append({})
@@ -263,7 +284,7 @@ def _toml_value(text: str) -> Any:
     """None, which TOML has not, for what is no TOML."""
     try:
         return tomlkit.value(text).unwrap()
-    except (tomlkit.exceptions.TOMLKitError, ValueError):
+    except NO_TOML:
         return None
 
 

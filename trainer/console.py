@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +17,9 @@ from .config import AdapterSection, RunConfig
 from .configfile import Origin
 from .events import Checkpointed, Done, Event, Phase, PlanMade, Sampled, Step, Stopped, Warned
 from .plan import Plan
+
+if TYPE_CHECKING:
+    from .rerun import Verdict
 
 out = Console(soft_wrap=True, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
@@ -148,6 +151,7 @@ def print_plan(plan: Plan) -> None:
     buckets = ", ".join(f"{count} x {size}" for size, count in facts["buckets"].items())
     out.print(f"buckets: {buckets}")
     out.print(f"length: {length_sentence(plan)}")
+    out.print(f"if the memory is full: {plan.if_memory_is_full}")
     out.print(what_is_trained(config.adapter), markup=False)
     _print_parts(facts["trained"])
     for warning in plan.warnings():
@@ -201,6 +205,19 @@ def _data_lines(data: list[dict[str, Any]]) -> Iterator[str]:
         if len(data) > 1 or ways or kind:
             share = f", {one['share']:.0%} of what is shown" if len(data) > 1 else ""
             yield f"data {one['name']}: {one['images']} images{share}{kind}{ways}"
+
+
+def print_verdict(verdict: Verdict) -> None:
+    """What was compared of a run that was resumed with one that was not."""
+    table = Table("compared", "numbers", "", "largest difference", "relative", box=None, padding=(0, 2, 0, 0))
+    for one in verdict.compared:
+        holds = "equal" if not one.largest else "close enough" if verdict.holds(one) else "differs"
+        apart = (f"{one.largest:.3g}", f"{one.relative:.3g}") if one.largest else ("", "")
+        table.add_row(one.what, f"{one.numbers:,}", holds, *apart)
+    out.print(table)
+    near = "bit for bit" if not verdict.tolerance else f"within {verdict.tolerance:g} of each other, for a GPU"
+    both = f"{verdict.steps} + {verdict.steps} steps and {2 * verdict.steps} steps"
+    out.print(f"{both} come to the same, {near}" if verdict.is_equal else f"{both} do not come to the same ({near})")
 
 
 def _print_images(plan: Plan) -> None:

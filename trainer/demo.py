@@ -15,11 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..configs import read_recipe
 from . import run
 from .adapter import strength
-from .configfile import merge, validate
 from .console import Reporter, out, print_plan
+from .example import EXAMPLES, TRIGGER, example_config
 from .files import atomic_file, write_text
 from .jobs import RunFolder
 from .models import Base
@@ -36,20 +35,12 @@ from .score import (
     wrong_concept_distance,
 )
 
-EXAMPLES = Path(__file__).parent.parent / "datasets" / "examples"
-STYLE = "blueprint"
-TRIGGER = "blueprint"
 IN_THE_GRID = 16
 
 
 def run_demo(folder: Path) -> run.Finished:
     """Train, export and verify, draw the held-out concepts without and with the LoRA, and print the style measure."""
-    answers = {
-        "name": _free_name(folder, STYLE),
-        "runs": str(folder),
-        "data": [{"path": str(EXAMPLES / STYLE), "trigger": TRIGGER, "caption_dropout": 0.1}],
-    }
-    plan = make_plan(validate(merge(read_recipe("demo"), answers), source="demo"))
+    plan = make_plan(example_config(folder))
     print_plan(plan)
     with Reporter() as report:
         finished = run.train(plan, report)
@@ -134,11 +125,3 @@ def _say_where(trained: RunFolder, exports: list[Path], grid: Path, folder: Path
     out.print(f"everything else: {trained.path}", markup=False)
     command = "lorasmith" if shutil.which("lorasmith") else os.path.relpath(sys.argv[0])
     out.print(f"see it in a browser: {command} ui --runs {folder}", markup=False)
-
-
-def _free_name(folder: Path, name: str) -> str:
-    """`name`, or the first of `name-2`, `name-3`, ... that is not in use."""
-    number = 1
-    while (folder / (candidate := name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return candidate

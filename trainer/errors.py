@@ -6,6 +6,7 @@ UserError            the input or the configuration must change (exit code 2)
   BaseModelError     the base model cannot be found, read or recognised
   RunError           a run folder is in the wrong state for what was asked
 TrainingError        the run failed after it had begun (exit code 1)
+  TakenOverError     another process trains the run now
   ExportError        a file was written but is not the same as the trained model
 """
 
@@ -30,6 +31,18 @@ class Problem:
         return f"{self.where}: {self.what}. {self.fix}" if self.where else f"{self.what}. {self.fix}"
 
 
+@dataclass(frozen=True)
+class Mending:
+    """What would mend a run that cannot go on, for a program that offers it."""
+
+    overrides: tuple[str, ...] = ()
+    """Settings with which the same run can go on, as `--set` takes them."""
+    anew: tuple[str, ...] = ()
+    """Settings for a new run."""
+    resume_from: int | None = None
+    """The step of a checkpoint to go on from."""
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says first; its name if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -40,8 +53,9 @@ class LorasmithError(Exception):
 
     exit_code = 1
 
-    def __init__(self, what: str, where: str = "", fix: str = "") -> None:
+    def __init__(self, what: str, where: str = "", fix: str = "", mending: Mending | None = None) -> None:
         self.problems = [Problem(where, what, fix)]
+        self.mending = mending or Mending()
         super().__init__(what)
 
     @classmethod
@@ -80,6 +94,10 @@ class RunError(UserError):
 
 class TrainingError(LorasmithError):
     """The run failed after it had begun; the last checkpoint stands."""
+
+
+class TakenOverError(TrainingError):
+    """Another process trains the run now; this one must write nothing into its folder any more."""
 
 
 class ExportError(TrainingError):

@@ -7,9 +7,19 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, Field, InstanceOf, TypeAdapter
+
+from .files import flush_folder
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""In a log, `null` stands for what is no number."""
+Text = InstanceOf[str]
+"""Any, also with half a letter of a file's name in it."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +34,9 @@ class Phase(Event):
     """The run does something that takes time; `total` is 0 where it cannot be counted."""
 
     type: ClassVar[str] = "phase"
-    name: str
-    done: int = 0
-    total: int = 0
+    name: Text
+    done: Count = 0
+    total: Count = 0
 
 
 @dataclass(frozen=True)
@@ -34,10 +44,12 @@ class PlanMade(Event):
     """What will be done: the plan's facts, and what is trained."""
 
     type: ClassVar[str] = "plan"
-    steps: int
-    images: int
-    plan: dict[str, Any] = field(default_factory=dict)
-    parts: list[dict[str, Any]] = field(default_factory=list)
+    steps: Count
+    images: Count
+    plan: dict[Text, Any] = field(default_factory=dict)
+    parts: list[dict[Text, Any]] = field(default_factory=list)
+    every: dict[Text, Count] = field(default_factory=dict)
+    """Steps between previews, `sample`, and between checkpoints, `save`; 0: never, or only at the end."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +57,15 @@ class Step(Event):
     """One optimizer step. `images` counts from the start of the run."""
 
     type: ClassVar[str] = "step"
-    step: int
-    images: int
-    loss: float
-    grad_norm: float
-    lr: dict[str, float]
-    seconds: float
+    step: Count
+    images: Count
+    loss: Number
+    grad_norm: Number
+    lr: dict[Text, Number]
+    seconds: Number
+    memory_mib: Number = 0.0
+    """The most that was used so far of the GPU's memory; without one, what the process uses of the computer's. 0 in
+    logs of earlier versions, which did not say."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +73,9 @@ class Sampled(Event):
     """Previews were drawn."""
 
     type: ClassVar[str] = "sample"
-    step: int
-    folder: str
-    prompts: list[str]
+    step: Count
+    folder: Text
+    prompts: list[Text]
 
 
 @dataclass(frozen=True)
@@ -68,8 +83,8 @@ class Checkpointed(Event):
     """A checkpoint is on disk."""
 
     type: ClassVar[str] = "checkpoint"
-    step: int
-    folder: str
+    step: Count
+    folder: Text
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,7 @@ class Warned(Event):
     """Something a person should know, which does not stop the run."""
 
     type: ClassVar[str] = "warning"
-    message: str
+    message: Text
 
 
 @dataclass(frozen=True)
@@ -85,8 +100,16 @@ class Failed(Event):
     """The run could not go on."""
 
     type: ClassVar[str] = "error"
-    message: str
-    step: int = 0
+    message: Text
+    step: Count = 0
+    fix: Text = ""
+    """What a person can do about it."""
+    overrides: list[Text] = field(default_factory=list)
+    """Settings with which the same run can go on, as `--set` takes them."""
+    anew: list[Text] = field(default_factory=list)
+    """Settings for a new run, where this one cannot be mended."""
+    resume_from: Count | None = None
+    """The step of the checkpoint to go on from, where the newest is damaged."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +117,7 @@ class Stopped(Event):
     """The run was asked to stop, and saved."""
 
     type: ClassVar[str] = "stopped"
-    step: int
+    step: Count
 
 
 @dataclass(frozen=True)
@@ -102,8 +125,8 @@ class Done(Event):
     """The run reached its budget, and its export was verified."""
 
     type: ClassVar[str] = "done"
-    step: int
-    exports: list[str]
+    step: Count
+    exports: list[Text]
 
 
 _TYPES: dict[str, type[Event]] = {
@@ -116,16 +139,32 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        _end_torn_line(path)
+        self.may_be_torn = True  # by a process that died, or by a full disk
 
     def append(self, event: Event) -> None:
         record = {"time": round(time.time(), 3), "type": event.type, **asdict(event)}
-        with self.path.open("a", encoding="utf-8", newline="\n") as file:
-            # escaped, so that a line holds no other line break and no half letter of a file name
-            file.write(json.dumps(_finite(record), ensure_ascii=True, allow_nan=False) + "\n")
+        # escaped, so that a line holds no other line break and no half letter of a file name
+        line = json.dumps(_finite(record), ensure_ascii=True, allow_nan=False) + "\n"
+        is_new = self.may_be_torn and not self.path.exists()
+        # to append to, and never written whole: nothing of a log is ever changed
+        with self.path.open("a+b") as file:
+            if self.may_be_torn:
+                _end_torn_line(file)
+            self.may_be_torn = True
+            file.write(line.encode("ascii"))
             if not isinstance(event, Step | Phase):  # these come many times a second, and can be had again
                 file.flush()
                 os.fsync(file.fileno())
+        if is_new:
+            flush_folder(self.path.parent)
+        self.may_be_torn = False
+
+    def size(self) -> int:
+        """Bytes; it only grows, so it tells what was written after a moment, whatever becomes of the clock."""
+        try:
+            return self.path.stat().st_size
+        except FileNotFoundError:
+            return 0
 
 
 @dataclass(frozen=True)
@@ -136,57 +175,29 @@ class Record:
     event: Event
 
 
+def read_record(line: str) -> Record | None:
+    """The record of a line; None if the line is torn, is not what a log holds, or is of a type of a later version.
+
+    Fields of later versions are passed over.
+    """
+    try:
+        values = json.loads(line)
+        return Record(_TIME.validate_python(values["time"]), _READERS[values["type"]].validate_python(values))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+_TIME = TypeAdapter(Annotated[float, Field(allow_inf_nan=False)])
+_READERS: dict[str, TypeAdapter[Event]] = {name: TypeAdapter(kind) for name, kind in _TYPES.items()}
+
+
 def read_events(path: Path) -> Iterator[Record]:
-    """All records of a log; a torn last line and types of later versions are passed over."""
+    """All records of a log, as they were written; what stands of them in the end is told by a `Story`."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return
-    for line in text.split("\n"):
-        try:
-            values = json.loads(line)
-            yield Record(values["time"], _event(values))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-
-
-def history(path: Path) -> list[Record]:
-    """The records of a run as it stands: of what a kill undid and a resume did again, the last that was done.
-
-    A step that comes again takes the place of every step, preview and checkpoint from it on; a preview or checkpoint
-    that comes again, that of the earlier one.
-    """
-    records: list[Record] = []
-    newest, drawn_or_saved = -1, set()
-    for record in read_events(path):
-        event = record.event
-        kind = (type(event), _step_of(event))
-        if isinstance(event, Step):
-            if event.step <= newest:
-                records = [before for before in records if _step_of(before.event) < event.step]
-            newest = event.step
-        elif isinstance(event, Sampled | Checkpointed):
-            if kind in drawn_or_saved:
-                records = [before for before in records if (type(before.event), _step_of(before.event)) != kind]
-            drawn_or_saved.add(kind)
-        records.append(record)
-    return records
-
-
-def _step_of(event: Event) -> int:
-    """The step that an event belongs to; -1 if it belongs to the whole run."""
-    return event.step if isinstance(event, Step | Sampled | Checkpointed) else -1
-
-
-def _event(values: dict[str, Any]) -> Event:
-    """The event of a line; fields of later versions are passed over."""
-    kind = _TYPES[values["type"]]
-    known = {f.name: f.type for f in fields(kind) if f.name in values}
-    return kind(**{name: _number(values[name]) if type_ == "float" else values[name] for name, type_ in known.items()})
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+    yield from filter(None, map(read_record, text.split("\n")))
 
 
 def _finite(value: Any) -> Any:
@@ -198,8 +209,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _end_torn_line(path: Path) -> None:
-    """If a process died in the middle of a line, end that line, so that the next record stands on its own."""
-    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        with path.open("ab") as file:
-            file.write(b"\n")
+def _end_torn_line(log: IO[bytes]) -> None:
+    """If the last line has no end, end it, so that the next record stands on its own."""
+    if log.seek(0, os.SEEK_END):
+        log.seek(-1, os.SEEK_END)
+        if log.read(1) != b"\n":
+            log.write(b"\n")

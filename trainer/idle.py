@@ -50,6 +50,9 @@ ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "objective.timestep_std": ("objective.timesteps", ("logit-normal",)),
     "export.tag_threshold": ("export.metadata", ("safe",)),
     "export.strength": ("adapter.kind", ADAPTERS),
+    "runtime.fast_lora": ("adapter.kind", ("lora",)),
+    "runtime.autocast": ("adapter.kind", ("lora",)),
+    "runtime.flat_optimizer": ("optimizer.kind", ("adamw",)),
 }
 """Settings by the one setting, and the values of it, with which they have an effect."""
 

@@ -8,39 +8,52 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from datetime import timedelta
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, cast
 
+import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from ..datasets.buckets import Shot
-from ..datasets.cache import LatentCache, MaskCache, TextCache
-from ..datasets.dataset import Showing, showing
+from ..datasets.cache import GoneError, LatentCache, MaskCache, TextCache
+from ..datasets.dataset import Example, Showing, showing
 from .adapter import ADAPTER, adapter_state, let_drop, load_adapter_state, strength, tuner_layers
 from .averages import Averages
 from .checkpoint import Checkpoint, TrainState, prune_checkpoints, save_checkpoint
 from .config import Precision, RunConfig
-from .errors import RunError, TrainingError
+from .cpukernels import speed_up_on_cpu
+from .errors import Mending, TrainingError
 from .events import Checkpointed, Event, Phase, PlanMade, Sampled, Step, Warned
+from .fastlora import speed_up
 from .fitting import parameter_groups, parts, put_on, read_start
+from .flat import Flat, can_be_flat
+from .idle import RATES
 from .initial import look_at_data
-from .jobs import RunFolder
+from .jobs import Request, RunFolder
+from .memory import OUT_OF_MEMORY, full_memory_is, is_full, memory_of, parts_of, until_it_fits
 from .models import Base, Conditions, Tokens, load_base
 from .noise import Draws, add_noise, derive_seed, draw_batch, image_loss, loss_weight, scheduled_huber_c, target_of
-from .optim import effective_rates, make_optimizer, schedule_factor, set_learning_rates
-from .plan import Plan
+from .optim import effective_rates, load_optimizer, make_optimizer, schedule_factor, set_learning_rates
+from .plan import Plan, prompts_from
 from .sample import Drawing, draw, drawn_like, save_previews
+from .story import DRAWING, SAVING
 
 Emit = Callable[[Event], None]
 Outcome = Literal["finished", "stopped"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 
+_LONGEST_WAIT = timedelta(hours=6)
+"""For other processes, which encode a large set of images or draw."""
+_SPLIT = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 _MOST_SKIPPED = 20
 _LOOKED_AT = 32
 """Batches from which an adapter's first directions are taken."""
@@ -50,16 +63,17 @@ DTYPES: dict[MixedPrecision, torch.dtype] = {"no": torch.float32, "fp16": torch.
 class Denoiser(nn.Module):
     """UNet and, where they are trained, text encoders as one module, so that accelerate wraps and synchronises one."""
 
-    def __init__(self, base: Base, text_encoders_train: bool) -> None:
+    def __init__(self, base: Base, text_encoders_train: bool, autocast: bool = True) -> None:
         super().__init__()
-        self.family = base.family
+        self.family, self.device_type, self.autocast = base.family, base.device.type, autocast
         self.unet = base.unet
         self.text_encoders = nn.ModuleList(base.text_encoders.values() if text_encoders_train else [])
 
     def forward(self, noisy: Tensor, t: Tensor, text: Tokens | Conditions, sizes: Tensor) -> Tensor:
         """Prediction (batch, 4, h, w); `text` holds token ids if text encoders are trained, conditions if not."""
-        conditions = text if isinstance(text, Conditions) else self.family.encode(list(self.text_encoders), text)
-        return self.family.predict(self.unet, noisy, t, conditions, sizes)
+        with nullcontext() if self.autocast else torch.autocast(self.device_type, enabled=False):
+            conditions = text if isinstance(text, Conditions) else self.family.encode(list(self.text_encoders), text)
+            return self.family.predict(self.unet, noisy, t, conditions, sizes)
 
 
 class Trainer:
@@ -68,15 +82,20 @@ class Trainer:
     def __init__(self, plan: Plan, run: RunFolder, emit: Emit, checkpoint: Checkpoint | None = None) -> None:
         self.plan, self.config, self.run, self.emit = plan, plan.config, run, emit
         precision = mixed_precision(self.config.runtime.precision)
+        handlers: list[Any] = [InitProcessGroupKwargs(timeout=_LONGEST_WAIT)]
+        if self.config.adapter.module_dropout:  # an adapter that is left out in a step gets no gradient
+            handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would not find each other
             mixed_precision=precision,
-            gradient_accumulation_steps=self.config.budget.accumulate,
-            # an adapter that is left out in a step gets no gradient
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
-            if self.config.adapter.module_dropout
-            else [],
+            kwargs_handlers=handlers,
         )
+        if self.accelerator.distributed_type in _SPLIT:
+            raise TrainingError(
+                "a model that is split over processes cannot be saved or drawn with by one of them",
+                "accelerate",
+                "Use configs/accelerate/several-gpus.yaml.",
+            )
         if self.accelerator.num_processes != plan.processes:
             raise TrainingError(
                 f"{plan.processes} processes were started, but {self.accelerator.num_processes} found each other",
@@ -86,7 +105,8 @@ class Trainer:
         self.skipped = 0
         emit(Phase("loading the base"))
         vae_dtype = DTYPES[mixed_precision(self.config.runtime.vae_precision)]
-        self.base = load_base(plan.base, base_dtype(self.config, precision), self.accelerator.device, vae_dtype)
+        self.dtype = base_dtype(self.config, precision)
+        self.base = load_base(plan.base, self.dtype, self.accelerator.device, vae_dtype)
         self.alphas_cumprod: Tensor = self.base.scheduler.alphas_cumprod.float()
         self._fill_caches()
         self._put_on(afresh=checkpoint is None)
@@ -101,6 +121,10 @@ class Trainer:
         Raises:
             TrainingError: if the loss is not finite; the last checkpoint stands.
         """
+        with self._encoders(resting=True):
+            return self._train(should_stop)
+
+    def _train(self, should_stop: Callable[[], bool]) -> Outcome:
         if self._agree(self.accelerator.is_main_process and not self._base_was_drawn()):
             self._sample(untouched=True)
         if self._agree(should_stop()):
@@ -110,11 +134,13 @@ class Trainer:
         for batches in steps:
             self._report(*self.train_step(batches))
 
-            # once in a while: preview, then save
-            last = self.state.step == self.plan.steps
+            # once in a while, or because someone asks: preview, then save
+            last, asked = self.state.step == self.plan.steps, self._requests()
             if last or is_due(self.state.step, self.config.sample.every):
                 self._sample()
-            if last or is_due(self.state.step, self.config.save.every):
+            elif asked["sample"]:
+                self._sample_as_asked()
+            if last or is_due(self.state.step, self.config.save.every) or asked["save"]:
                 self._save()
 
             # someone wants to stop: keep the work
@@ -135,35 +161,73 @@ class Trainer:
         Returns the mean loss, the norm of the gradients before clipping, the learning rates, and the seconds it took.
         """
         started = time.perf_counter()
-        step, images = self.state.step, sum(len(batch) for batch in batches)
         optimizer, max_norm = self.config.optimizer, self.config.optimizer.max_grad_norm or math.inf
-        factor = schedule_factor(optimizer, step, self.plan.steps)
+        factor = schedule_factor(optimizer, self.state.step, self.plan.steps)
         set_learning_rates(self.optimizer, self.base_rates, factor)
 
-        total = loss = norm = torch.zeros((), device=self.accelerator.device)
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        for number in range(rank, len(batches), processes):
-            with self.accelerator.accumulate(self.denoiser):
-                losses = self.loss(batches[number], step, sum(map(len, batches[:number])))
-                # accelerate takes the mean over accumulated batches and over processes: undo it, and divide by images
-                self.accelerator.backward(losses.sum() * len(batches) / images)
+        loss = self._finite("loss", self._gradients(batches), batches)
+        norm = self._finite_norm(self.accelerator.clip_grad_norm_(self.optimized, max_norm), batches)
+        self._change_weights()
+        self._finite("norm of the weights", get_total_norm(self.optimized), batches)
+
+        self.state.step += 1
+        self.state.images += sum(map(len, batches))
+        return loss, norm, effective_rates(self.optimizer), time.perf_counter() - started
+
+    def _gradients(self, batches: list[list[Shot]]) -> Tensor:
+        """Make the gradients of all images of a step; returns their mean loss. Where the memory is full, batches are
+        halved from then on."""
+        largest = max(map(len, batches))
+        if self.accelerator.num_processes > 1:  # one that halved alone would be waited for by the others
+            return self._accumulated(batches, largest)
+        at_once = min(self.state.at_once or largest, largest)
+        loss, fitting = until_it_fits(partial(self._accumulated, batches), at_once, self._zero_grad)
+        if fitting < at_once:
+            self.state.at_once = fitting
+            self.emit(Warned(self._told_of_halves(fitting)))
+        return loss
+
+    def _accumulated(self, batches: list[list[Shot]], at_once: int) -> Tensor:
+        """Add up the gradients of all images of a step, of so many at a time; returns their mean loss."""
+        accelerator, images = self.accelerator, sum(map(len, batches))
+        parts = parts_of(batches, at_once)
+        mine = parts[accelerator.process_index :: accelerator.num_processes]
+        accelerator.step, accelerator.gradient_accumulation_steps = 0, len(mine)  # steps differ in their parts
+        total = torch.zeros((), device=accelerator.device)
+        for first, shots in mine:
+            with accelerator.accumulate(self.denoiser):
+                losses = self._loss(shots, first)
+                # accelerate takes the mean over accumulated parts and over processes: undo it, and divide by images
+                accelerator.backward(losses.sum() * len(parts) / images)
                 total = total + losses.detach().sum()
-                if self.accelerator.sync_gradients:
-                    loss = self._finite(self._sum(total) / images, batches)
-                    norm = self._finite_norm(self.accelerator.clip_grad_norm_(self.trained, max_norm), batches)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+        return self._sum(total) / images
+
+    def _change_weights(self) -> None:
+        """Let the optimizer take its step. Where the memory is full here, the step is not tried again: some weights may
+        have changed already."""
+        with full_memory_is(self._optimizer_does_not_fit()):
+            self.optimizer.step()
+        self._zero_grad()
         self._watch_skipped_steps()
         if not self.accelerator.optimizer_step_was_skipped:
             self.averages.update()
 
-        self.state.step += 1
-        self.state.images += images
-        return loss, norm, effective_rates(self.optimizer), time.perf_counter() - started
+    def _zero_grad(self) -> None:
+        self.flat.zero_grad() if self.flat else self.denoiser.zero_grad()
+
+    def _loss(self, shots: Sequence[Shot], first: int) -> Tensor:
+        """The loss of each image of a batch of this step; what the caches hold of it no more is made anew."""
+        try:
+            return self.loss(shots, self.state.step, first)
+        except GoneError as gone:
+            with self._encoders(resting=False):
+                self._encode([self.plan.examples[shot.image] for shot in shots])
+            self.emit(Warned(f"{gone.problems[0].where}: {gone.problems[0].what}; made anew"))
+        return self.loss(shots, self.state.step, first)
 
     # -- level 3: the loss of one batch -------------------------------------------------------------------------------
 
-    def loss(self, shots: list[Shot], step: int, first: int) -> Tensor:
+    def loss(self, shots: Sequence[Shot], step: int, first: int) -> Tensor:
         """The weighted loss of each image of a batch, (batch,); `first` images of the step stand before it."""
         shown, drawn = self._drawn(shots, step, first)
         prediction, objective, alphas_cumprod = self.plan.base.prediction, self.config.objective, self.alphas_cumprod
@@ -180,7 +244,7 @@ class Trainer:
         mask = None if mask is None else mask.to(device)
         return weight.to(device) * image_loss(objective.loss, predicted, target.to(device), huber_c.to(device), mask)
 
-    def _drawn(self, shots: list[Shot], step: int, first: int) -> tuple[list[Showing], Draws]:
+    def _drawn(self, shots: Sequence[Shot], step: int, first: int) -> tuple[list[Showing], Draws]:
         """The images of a batch, and all that is random about them."""
         shown = [showing(self.plan.examples, shot) for shot in shots]
         seeds = [derive_seed(self.config.seed, step, first + number) for number in range(len(shots))]
@@ -193,7 +257,7 @@ class Trainer:
         noisy = add_noise(drawn.x0, drawn.shown_eps, drawn.t, self.alphas_cumprod)
         text = self._text(drop_captions(shown, drawn.caption))
         sizes = torch.tensor([one.view.sizes for one in shown])
-        device, dtype = self.accelerator.device, self.base.dtype
+        device, dtype = self.accelerator.device, self.dtype
         return noisy.to(device, dtype), drawn.t.to(device), text, sizes.to(device, torch.float32)
 
     # -- preparation --------------------------------------------------------------------------------------------------
@@ -204,11 +268,15 @@ class Trainer:
         self.masks = MaskCache(self.plan.cache, self.base.info.vae_factor)
         self.text = TextCache(self.plan.cache, self.base.text_fingerprint)
         with self.accelerator.main_process_first():
-            self.latents.fill(self.base, self.plan.examples, self._progress("encoding images"))
-            self.masks.fill(self.plan.examples, self._progress("reading masks"))
-            if not self.config.adapter.trains_text:
-                captions = ["", *(caption for example in self.plan.examples for caption in example.captions)]
-                self.text.fill(self.base, captions, self._progress("encoding captions"))
+            self._encode(self.plan.examples)
+
+    def _encode(self, examples: Sequence[Example]) -> None:
+        """Make what the caches lack of some images."""
+        self.latents.fill(self.base, examples, self._progress("encoding images"))
+        self.masks.fill(examples, self._progress("reading masks"))
+        if not self.config.adapter.trains_text:
+            captions = ["", *(caption for example in examples for caption in example.captions)]
+            self.text.fill(self.base, captions, self._progress("encoding captions"))
 
     def _progress(self, name: str) -> Callable[[int, int], None]:
         return lambda done, total: self.emit(Phase(name, done, total))
@@ -253,46 +321,60 @@ class Trainer:
                 encoder.train()
             base.unet.train()  # both libraries recompute only in training mode; neither has dropout here
         let_drop(base, config.adapter.drops)
+        denoiser = Denoiser(base, config.adapter.trains_text, self._speed_up())
+        self.denoiser = self.accelerator.prepare(denoiser)  # may put weights elsewhere: they are laid out next
 
         groups = parameter_groups(base, config)
         self.fused = self.accelerator.scaler is None
         self.base_rates: list[float] = [group["lr"] for group in groups]
-        self.trained = [parameter for group in groups for parameter in group["params"]]
+        self.trained: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+        self.flat = Flat(groups) if can_be_flat(config) else None
+        self.optimized = [parameter for group in groups for parameter in group["params"]]
         optimizer = make_optimizer(config.optimizer, groups, self.fused)
-        self.denoiser, self.optimizer = self.accelerator.prepare(Denoiser(base, config.adapter.trains_text), optimizer)
-        self.averages = Averages(optimizer, config.optimizer.ema_decay)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self.averages = Averages(self.trained, optimizer, config.optimizer.ema_decay)
         self.saved_step = checkpoint.state.step if checkpoint else -1
-        self.state = TrainState(dataset=self.plan.dataset_fingerprint, base=self.plan.base.identity)
+        origin = self.plan.origin
+        self.state = replace(
+            checkpoint.state if checkpoint else TrainState(),
+            steps=self.plan.steps,
+            config=origin.config_hash,
+            dataset=origin.dataset_hash,
+            base=origin.base_hash,
+        )
         if checkpoint:
             self._restore(checkpoint)
         facts = self.plan.facts() | {"dataset": self.plan.dataset_facts()}
-        self.emit(PlanMade(self.plan.steps, self.plan.images, facts, [asdict(part) for part in self.parts]))
+        every = {"sample": config.sample.every, "save": config.save.every}
+        self.emit(PlanMade(self.plan.steps, self.plan.images, facts, [asdict(part) for part in self.parts], every))
+
+    def _speed_up(self) -> bool:
+        """Let the base and its plain LoRA layers compute the fast way; returns whether they still need autocast."""
+        config, components = self.config, self.base.components.values()
+        if config.runtime.channels_last:
+            self.base.unet.to(memory_format=torch.channels_last)
+        elif config.runtime.cpu_kernels and self.base.device.type == "cpu":
+            speed_up_on_cpu(self.base.unet, self.plan.latents_at_once)
+        fast = sum(map(speed_up, components)) if config.runtime.fast_lora else 0
+        all_are_fast = fast == sum(1 for component in components for _ in tuner_layers(component))
+        is_lean = self.dtype == torch.bfloat16 and all_are_fast and not config.adapter.new_tokens
+        return config.runtime.autocast or not is_lean
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        saved, images_by_step = checkpoint.state, [0, *self.plan.images_by_step]
-        images = images_by_step[saved.step] if saved.step < len(images_by_step) else -1
-        for what, then, now in (
-            ("images or captions", saved.dataset, self.state.dataset),
-            ("base model", saved.base, self.state.base),
-            ("format of checkpoints", saved.version, self.state.version),
-            ("images in each step (the number of processes?)", saved.images, images),
-        ):
-            if then != now:
-                raise RunError(
-                    f"the {what} have changed since the run was saved",
-                    str(self.run.path),
-                    "Put them back as they were, or start a new run.",
-                )
+        """Put back what a checkpoint holds. Whether the run may go on from it has been decided before."""
+        config, saved = self.config.optimizer, checkpoint.optimizer
         load_adapter_state(self.base, checkpoint.trained or checkpoint.adapter)
-        for group in checkpoint.optimizer["optimizer"]["param_groups"]:
+        for group in saved["optimizer"]["param_groups"]:
             if group.get("fused") is not None:  # AdamW alone is made with it
                 group["fused"] = self.fused  # runtime.precision may have changed
-        self.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+        before = checkpoint.origin.settings.get("optimizer", {})
+        state = self.flat.side_by_side(saved["optimizer"]) if self.flat else saved["optimizer"]
+        if not (state and load_optimizer(self.optimizer, state, config, before)):
+            self.emit(Warned(f"{config.kind} starts anew: what was saved is of another optimizer, or of other groups"))
         if self.averages:
-            self.averages.load_state_dict(checkpoint.optimizer["averages"])
-        if self.accelerator.scaler is not None and "scaler" in checkpoint.optimizer:
-            self.accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
-        self.state = saved
+            self.averages.load_state_dict(saved.get("averages", {}))
+        if self.accelerator.scaler is not None and "scaler" in saved:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
 
     # -- details ------------------------------------------------------------------------------------------------------
 
@@ -300,27 +382,44 @@ class Trainer:
         """Token ids for text encoders that are trained, cached conditions for frozen ones."""
         if self.config.adapter.trains_text:
             return self.base.tokenize(captions).to(self.accelerator.device)
-        return self.text.read(captions).to(self.accelerator.device, self.base.dtype)
+        return self.text.read(captions).to(self.accelerator.device, self.dtype)
 
-    def _finite(self, loss: Tensor, batches: list[list[Shot]]) -> Tensor:
-        """The loss, if it is a number; else a `TrainingError` that names the files of the step."""
-        if not loss.isfinite():
-            raise self._not_finite("loss", loss, batches)
-        return loss
+    def _finite(self, what: str, value: Tensor, batches: list[list[Shot]]) -> Tensor:
+        """The value, if it is a number; else a `TrainingError` that names the files of the step."""
+        if not value.isfinite():
+            raise self._not_finite(what, value, batches)
+        return value
 
     def _finite_norm(self, norm: Tensor | None, batches: list[list[Shot]]) -> Tensor:
         """The gradients' norm, if it is a number. fp16's gradient scaler looks for itself, and skips such a step."""
         norm = torch.zeros(()) if norm is None else norm
-        if self.accelerator.scaler is None and not norm.isfinite():
-            raise self._not_finite("gradient", norm, batches)
-        return norm
+        return norm if self.accelerator.scaler is not None else self._finite("gradient", norm, batches)
 
     def _not_finite(self, what: str, value: Tensor, batches: list[list[Shot]]) -> TrainingError:
         files = ", ".join(self.plan.examples[shot.image].name for batch in batches for shot in batch)
         return TrainingError(
             f"the {what} of step {self.state.step + 1} is {value.item()}; its images: {files}",
             str(self.run.path),
-            "The last checkpoint stands. Lower optimizer.lr, or use bf16 or fp32.",
+            "The last checkpoint stands. Start a new run with a lower optimizer.lr, or with bf16 or fp32.",
+            Mending(anew=tuple(f"optimizer.{key}={rate / 3:.1g}" for key, rate in self._rates().items() if rate)),
+        )
+
+    def _rates(self) -> dict[str, float]:
+        return {key: getattr(self.config.optimizer, key) for key in RATES.values()}
+
+    def _told_of_halves(self, at_once: int) -> str:
+        whose, step, batch = memory_of(self.accelerator.device), self.state.step + 1, self.config.budget.batch
+        images = "1 image" if at_once == 1 else f"{at_once} images"
+        but = " but for the adapter's dropout, which is drawn for each part" if self.config.adapter.drops else ""
+        told = f"{whose} was full at step {step}; from now on batches of {batch} are taken {images} at a time"
+        return f"{told}, with the same result{but}"
+
+    def _optimizer_does_not_fit(self) -> TrainingError:
+        return TrainingError(
+            f"{memory_of(self.accelerator.device)} does not hold what {self.config.optimizer.kind} needs for its step",
+            str(self.run.path),
+            "The last checkpoint stands. Start a new run that trains less (adapter.rank, adapter.train_only), or with "
+            "an optimizer that keeps less, such as adamw8bit or lion.",
         )
 
     def _watch_skipped_steps(self) -> None:
@@ -330,7 +429,8 @@ class Trainer:
             raise TrainingError(
                 f"the gradients of the last {_MOST_SKIPPED} steps overflowed fp16, so nothing was learned",
                 str(self.run.path),
-                'The last checkpoint stands. Set runtime.precision = "bf16" or "fp32".',
+                'The last checkpoint stands. Resume with runtime.precision = "bf16" or "fp32".',
+                Mending(overrides=("runtime.precision=fp32",)),
             )
 
     def _report(self, loss: Tensor, norm: Tensor, rates: list[float], seconds: float) -> None:
@@ -343,6 +443,7 @@ class Trainer:
                 grad_norm=round(float(norm), 6),
                 lr=dict(zip(names, rates, strict=True)),
                 seconds=round(seconds, 4),
+                memory_mib=round(memory_in_use(self.accelerator.device) / 2**20, 1),
             )
         )
 
@@ -352,13 +453,39 @@ class Trainer:
         if not settings.every:
             return
         if self.accelerator.is_main_process:
-            self.emit(Phase("drawing previews"))
-            with self.as_it_is_used(), strength(self.base, 0 if untouched else 1):
-                pictures = draw(self.base, settings.prompts, self.drawing)
-            model, lora = self.plan.base.short_name, "" if untouched else f"{self.config.name} step {step}"
-            save_previews(self.run.samples(step), pictures, settings.prompts, self.drawing, model, lora)
-            self.emit(Sampled(step, f"samples/step-{step:06d}", settings.prompts))
+            self._draw(settings.prompts, step, untouched)
         self.accelerator.wait_for_everyone()
+
+    def _sample_as_asked(self) -> None:
+        """Draw previews of this step also where none were planned, then of captions."""
+        if self.accelerator.is_main_process:
+            if prompts := self.config.sample.prompts or list(filter(None, prompts_from(self.plan.examples))):
+                self._draw(prompts, self.state.step)
+            else:
+                why = "sample.prompts is empty, and so are the captions that prompts could be taken from"
+                self.emit(Warned(f"no previews were drawn: {why}"))
+        self.accelerator.wait_for_everyone()
+
+    def _draw(self, prompts: list[str], step: int, untouched: bool = False) -> None:
+        """Draw and save previews. A full memory or disk does not end the run for them: it is told, and they are left
+        out; a disk that takes no checkpoint either ends it then."""
+        self.emit(Phase(DRAWING))
+        model, lora = self.plan.base.short_name, "" if untouched else f"{self.config.name} step {step}"
+        try:
+            with self._encoders(resting=False), self.as_it_is_used(), strength(self.base, 0 if untouched else 1):
+                pictures = draw(self.base, prompts, self.drawing)
+            save_previews(self.run.samples(step), pictures, prompts, self.drawing, model, lora)
+        except (*OUT_OF_MEMORY, OSError) as error:
+            if not (isinstance(error, OSError) or is_full(error)):
+                raise
+            self.emit(Warned(f"step {step} has no previews: {self._why_undrawn(error)}; training goes on"))
+        else:
+            self.emit(Sampled(step, f"samples/step-{step:06d}", prompts))
+
+    def _why_undrawn(self, error: Exception) -> str:
+        if isinstance(error, OSError):
+            return f"{error.filename or self.run.path} cannot be written ({error.strerror or error})"
+        return f"{memory_of(self.accelerator.device)} does not hold what a single one of them takes"
 
     def _base_was_drawn(self) -> bool:
         """Whether the base's previews are there, drawn as all further ones will be."""
@@ -376,9 +503,25 @@ class Trainer:
         finally:
             let_drop(self.base, self.config.adapter.drops)
 
+    @contextmanager
+    def _encoders(self, resting: bool) -> Iterator[None]:
+        """Within the block the VAE and text encoders that stay frozen rest in the computer's memory, or they do not: a
+        GPU's is for what trains. Without a GPU nothing happens."""
+        frozen = [] if self.config.adapter.trains_text else list(self.base.text_encoders.values())
+        at_work, cpu = self.accelerator.device, torch.device("cpu")
+        try:
+            for module in (self.base.vae, *frozen):
+                module.to(cpu if resting else at_work)
+            yield
+        finally:
+            for module in (self.base.vae, *frozen):
+                module.to(at_work if resting else cpu)
+
     def _save(self) -> None:
         if self.accelerator.is_main_process:
-            optimizer: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
+            self.emit(Phase(SAVING))
+            state = self.flat.state_dict(self.optimizer) if self.flat else self.optimizer.state_dict()
+            optimizer: dict[str, Any] = {"optimizer": state}
             if self.accelerator.scaler is not None:
                 optimizer["scaler"] = self.accelerator.scaler.state_dict()
             trained = {}
@@ -387,21 +530,31 @@ class Trainer:
             with self.as_it_is_used():
                 adapter = adapter_state(self.base)
             folder = self.run.checkpoint(self.state.step)
-            save_checkpoint(folder, Checkpoint(self.state, adapter, optimizer, trained))
+            save_checkpoint(folder, Checkpoint(self.state, adapter, optimizer, trained, self.plan.origin))
             prune_checkpoints(self.run, self.config.save.keep)
             self.emit(Checkpointed(self.state.step, f"checkpoints/{folder.name}"))
         self.saved_step = self.state.step
         self.accelerator.wait_for_everyone()
 
-    def _agree(self, stop: bool) -> bool:
-        """Whether any process was asked to stop; all must act alike."""
+    def _requests(self) -> dict[Request, bool]:
+        """What was asked for since the last step."""
+        main = self.accelerator.is_main_process
+        return {what: self._agree(main and self.run.take_request(what)) for what in ("sample", "save")}
+
+    def _agree(self, asked: bool) -> bool:
+        """Whether any process was asked for something; all must act alike."""
         if self.accelerator.num_processes == 1:
-            return stop
-        return bool(self._sum(torch.tensor(float(stop), device=self.accelerator.device)).item())
+            return asked
+        return bool(self._sum(torch.tensor(float(asked), device=self.accelerator.device)).item())
 
     def _sum(self, value: Tensor) -> Tensor:
         """The sum over all processes."""
         return cast(Tensor, self.accelerator.reduce(value))
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the most that was taken so far of a GPU's memory; without one, what this process has of the computer's."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def is_due(step: int, every: int) -> bool:

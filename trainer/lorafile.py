@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -123,6 +125,31 @@ class LoraFile:
             first = hashlib.sha256(file.read(0x10000)).hexdigest()
         digest, tensors = whole.hexdigest(), after.hexdigest()
         return Hashes(digest, first[:8], digest[:10], tensors[:12], tensors)
+
+
+def fitting(patterns: Mapping[str, Any], path: str) -> Any:
+    """What PEFT's configuration says of a layer: the value of the first pattern that fits the end of its path; None if
+    none does.
+
+    Patterns are regular expressions, and come from the file. One that could take for ever to be tried is refused: those
+    that are written are a layer's name, or many of them as `^(?:one|another)$`.
+
+    Raises:
+        ValueError: if a pattern is not such a one.
+    """
+    for pattern, value in patterns.items():
+        names = grouped[1] if (grouped := _GROUP.fullmatch(pattern)) else pattern
+        if not _SIMPLE.fullmatch(names) or len(_REPEATS.findall(names)) > _MOST_REPEATS:
+            raise ValueError(f"{pattern!r} is no name of a layer")
+        if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", path):
+            return value
+    return None
+
+
+_GROUP = re.compile(r"\^?\(\?:([^()]*)\)\$?")
+_SIMPLE = re.compile(r"(?:[\w.^$|-]|\\[.d-]|(?<=[.d])[*+])*")
+_REPEATS = re.compile(r"[*+]")
+_MOST_REPEATS = 2  # each more multiplies how long it takes by the length of the path
 
 
 def guess_family(file: LoraFile) -> tuple[FamilyName | None, str]:

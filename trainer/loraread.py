@@ -7,7 +7,6 @@ the LoRA that is silently missing.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -22,8 +21,9 @@ from torch import Tensor, nn
 from .architectures import FAMILY_TITLES, FamilyName
 from .delta import Changes, Delta
 from .errors import Problem, UserError
+from .jsonfile import parse_json
 from .keys import ALPHA, known_names, split_key
-from .lorafile import LoraFile, guess_family
+from .lorafile import LoraFile, fitting, guess_family
 
 _SHOWN = 3  # keys that an error names
 _FILES = "Name a LoRA .safetensors file, with its strength if that is not 1, as in detail.safetensors:0.6."
@@ -120,11 +120,11 @@ class _Alphas:
         """The rank, which makes the scale 1, where nothing is said."""
         try:
             patterns = self._about(component, "alpha_pattern") or {}
-            alpha = next((a for p, a in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", layer)), None)
+            alpha = fitting(patterns, layer)
             for name in ("lora_alpha", "alpha"):
                 alpha = self._about(component, name) if alpha is None else alpha
             alpha = float(rank if alpha is None else alpha)
-        except (TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error):
+        except (TypeError, ValueError, AttributeError, OverflowError):
             raise self._unreadable() from None
         return alpha * math.sqrt(rank) if self._about(component, "use_rslora") else alpha
 
@@ -133,8 +133,8 @@ class _Alphas:
 
     def _object(self, text: str) -> dict[str, Any]:
         try:
-            said = json.loads(text)
-        except (ValueError, RecursionError):
+            said = parse_json(text)
+        except ValueError:
             raise self._unreadable() from None
         if not isinstance(said, dict):
             raise self._unreadable()

@@ -28,8 +28,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from ..datasets.chunks import COMMA, chunks_of, framed
 from .architectures import ARCHITECTURES
-from .bases import POCKET, BaseInfo, FamilyName
+from .bases import NO_MODEL, POCKET, BaseInfo, FamilyName, require_modest
 from .errors import BaseModelError, first_line
+from .jsonfile import LARGEST
 from .ldm import from_ldm, vae_from_file
 from .loraread import merge, read_lora
 from .singlefile import read_single_file, read_vae_file
@@ -303,7 +304,7 @@ def load_base(
     """
     _quiet_libraries()
     if info.source.startswith("random:"):
-        parts = _random_parts(info)
+        parts = _random_parts(info, dtype)
     else:
         parts = _file_parts(info, dtype) if Path(info.source).is_file() else _saved_parts(info, dtype)
     if info.vae:
@@ -339,7 +340,7 @@ def _saved_parts(info: BaseInfo, dtype: torch.dtype) -> dict[str, Any]:
             tokenizer = name.replace("text_encoder", "tokenizer")
             parts[tokenizer] = saved_tokenizer(info, tokenizer)
             parts[name] = _load(*place, name, text_class, dtype, f"base.model: {info.model}, {name}")
-    except (OSError, ValueError) as error:
+    except (OSError, *NO_MODEL) as error:
         raise BaseModelError(f"{info.model} cannot be loaded: {first_line(error)}", "base.model", _COMPLETE) from error
     return parts
 
@@ -351,13 +352,28 @@ def saved_tokenizer(info: BaseInfo, name: str) -> CLIPTokenizer:
         BaseModelError: if it is such a one.
     """
     place: dict[str, Any] = {"subfolder": name, "revision": info.revision or None}
-    found = CLIPTokenizer.from_pretrained(info.source, **place)
+    where = f"base.model: {info.model}, {name}"
+    for file in Path(info.source, name).glob("*"):
+        if file.stat().st_size > LARGEST:
+            raise BaseModelError(f"{file.name} has more than {LARGEST >> 20} MiB", where, _WHOLE_TOKENIZERS)
+    try:
+        found = CLIPTokenizer.from_pretrained(info.source, **place)
+    except Exception as error:  # of files that are damaged, tokenizers raises this very class
+        what = f"its tokenizer cannot be read: {first_line(error)}"
+        raise BaseModelError(what, where, _WHOLE_TOKENIZERS) from error
     if len(found.get_vocab()) <= len(set(found.all_special_tokens)):
         what = "holds no words: vocab.json and merges.txt, or tokenizer.json, are missing"
-        raise BaseModelError(
-            what, f"base.model: {info.model}, {name}", "Download the model again, with its tokenizers."
-        )
+        raise BaseModelError(what, where, _WHOLE_TOKENIZERS)
+    marks = (found.bos_token_id, found.eos_token_id, found.pad_token_id)
+    length: Any = found.model_max_length
+    if not isinstance(length, int) or not 2 < length <= _MOST_TOKENS or not all(isinstance(m, int) for m in marks):
+        what = f"its model_max_length is {str(length)[:20]}, and its tokens to begin, end and fill a text are {marks}"
+        raise BaseModelError(what, where, _WHOLE_TOKENIZERS)
     return found
+
+
+_MOST_TOKENS = 1000  # at once; CLIP's text encoders have 77 places
+_WHOLE_TOKENIZERS = "Download the model again, with its tokenizers."
 
 
 def _load(source: str, revision: str, subfolder: str, model_class: Any, dtype: torch.dtype, where: str) -> Any:
@@ -368,7 +384,7 @@ def _load(source: str, revision: str, subfolder: str, model_class: Any, dtype: t
         options["revision"] = revision or None
         try:
             model, report = model_class.from_pretrained(source, output_loading_info=True, **options)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, *NO_MODEL, SafetensorError) as error:
             failures.append(error)
             continue
         lacking = sorted(str(name) for name in [*report["missing_keys"], *report["mismatched_keys"]])
@@ -422,10 +438,11 @@ def _assembled(kind: Any, config: dict[str, Any], weights: Mapping[str, Tensor],
         BaseModelError: if the configuration makes no module, or weights are missing, left over or of another shape.
     """
     try:
+        require_modest(config)
         with init_empty_weights():  # buffers are made, because no file holds them
             is_text = kind in (CLIPTextModel, CLIPTextModelWithProjection)
             module = kind(CLIPTextConfig.from_dict(config)) if is_text else kind.from_config(config)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except NO_MODEL as error:
         what = f"its configuration makes no model: {first_line(error)}"
         raise BaseModelError(what, where, "Copy or download the file again.") from error
     needed = {name: tensor.shape for name, tensor in module.state_dict().items()}
@@ -452,13 +469,13 @@ def clip_tokenizer(settings: Mapping[str, Any], where: str) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(POCKET / "tokenizer", model_max_length=length, pad_token=pad)
 
 
-def _random_parts(info: BaseInfo) -> dict[str, Any]:
+def _random_parts(info: BaseInfo, dtype: torch.dtype) -> dict[str, Any]:
     """The real architecture with random weights, the same ones each time; the tokenizer is CLIP's own."""
     shapes = ARCHITECTURES[info.source.removeprefix("random:")]
     parts: dict[str, Any] = {"scheduler": shapes["scheduler"]}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        parts["unet"] = UNet2DConditionModel(**shapes["unet"])
+        parts["unet"] = _random_unet(shapes["unet"], dtype)
         parts["vae"] = AutoencoderKL(**shapes["vae"])
         for name, text_class in FAMILIES[info.family].text_encoder_classes.items():
             parts[name] = text_class(CLIPTextConfig(**shapes[name]))
@@ -467,12 +484,24 @@ def _random_parts(info: BaseInfo) -> dict[str, Any]:
     return parts
 
 
+def _random_unet(config: Mapping[str, Any], dtype: torch.dtype) -> UNet2DConditionModel:
+    """A UNet as its layers begin, made layer by layer: in fp32 as a whole it would take twice what it takes in half."""
+    with init_empty_weights():
+        unet = UNet2DConditionModel(**config)
+    for layer in unet.modules():
+        if any(True for _ in layer.parameters(recurse=False)):
+            layer.to_empty(device="cpu", recurse=False)
+            cast(Any, layer).reset_parameters()
+            layer.to(dtype)
+    return unet
+
+
 @contextmanager
 def _in_fp32(module: Any) -> Iterator[None]:
     """Within the block a module of half precision computes in fp32; its weights lose nothing on the way back."""
     dtype = module.dtype
-    module.float()
     try:
+        module.float()
         yield
     finally:
         module.to(dtype)

@@ -57,6 +57,26 @@ def make_optimizer(settings: OptimizerSection, groups: list[dict], fused: bool =
     return optimizer
 
 
+def load_optimizer(
+    optimizer: Optimizer, state: dict[str, Any], settings: OptimizerSection, before: Mapping[str, Any]
+) -> bool:
+    """Let an optimizer go on from a saved state; False if that is of another kind, or of other groups.
+
+    `before` are the settings that it was saved under. A state brings them along, so where some are others now, those
+    that there are now are put in their place.
+    """
+    saved, now = ([len(one["params"]) for one in groups] for groups in (state["param_groups"], optimizer.param_groups))
+    if before.get("kind", settings.kind) != settings.kind or saved != now:
+        return False
+    given = arguments_of(settings, optimizer_class(settings.kind))
+    made = [{key: group[key] for key in given if key in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    if before and before != settings.model_dump():
+        for group, arguments in zip(optimizer.param_groups, made, strict=True):
+            group.update(arguments)
+    return True
+
+
 def optimizer_class(kind: str) -> type[Optimizer]:
     """The class of a name, in whichever case.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..datasets.buckets import BatchOrder, BucketRules, Fit, fit, images_by_step
 from ..datasets.captions import CaptionRules, has_wildcard
-from ..datasets.dataset import Example, Source, bucket_counts, dataset_fingerprint, load_examples, tag_frequency
+from ..datasets.dataset import Example, Source, bucket_counts, load_examples, tag_frequency
 from ..datasets.sidecars import METADATA
 from ..datasets.unpack import anchored, as_folder, display_name, local_folder, pinned
 from ..datasets.views import Augmentation
@@ -23,6 +23,7 @@ from .config import DataSection, RunConfig
 from .errors import ConfigError, LorasmithError, Problem, UserError, first_line
 from .files import user_cache, writable
 from .optim import warnings_of, with_own_betas
+from .origin import Origin
 from .rehearsal import check_optimizer
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ class Plan:
     parts: list[Part]
     """What is trained, counted on the shape of the base."""
     processes: int = 1
+    step: int = 0
+    """Where a run that goes on stands in the order of images. What is random follows from it, so that it is all there
+    is to a position."""
+    seen: int = 0
+    """Images it has seen by then."""
 
     @cached_property
     def order(self) -> BatchOrder:
@@ -63,20 +69,22 @@ class Plan:
 
     @cached_property
     def images_by_step(self) -> list[int]:
-        return images_by_step(self.order, self.batches_per_step, self.config.budget.images)
+        """Images seen after each step that is still to be taken."""
+        return images_by_step(self.order, self.batches_per_step, self.config.budget.images, self.step, self.seen)
 
     @property
     def steps(self) -> int:
-        return len(self.images_by_step)
+        """Of the whole run."""
+        return self.step + len(self.images_by_step)
 
     @property
     def images(self) -> int:
-        """Images that will be seen: the budget, and at most the rest of the last step."""
-        return self.images_by_step[-1]
+        """Images that will have been seen: the budget, and at most the rest of the last step."""
+        return self.images_by_step[-1] if self.images_by_step else self.seen
 
     @cached_property
-    def dataset_fingerprint(self) -> str:
-        return dataset_fingerprint(self.examples)
+    def origin(self) -> Origin:
+        return Origin.of(self.config, self.base, self.examples, self.processes)
 
     @property
     def cache(self) -> Path:
@@ -101,9 +109,27 @@ class Plan:
             "images_seen": self.images,
             "shows_per_image": round(self.images / self.shows_per_epoch, 2),
             "batch": self.config.budget.batch * self.batches_per_step,
+            "if_memory_is_full": self.if_memory_is_full,
             "prompts": self.config.sample.prompts,
+            "preview_side": self.base.resolution,
             "warnings": list(self.warnings()),
         }
+
+    @property
+    def if_memory_is_full(self) -> str:
+        """What happens then in training."""
+        if self.processes > 1:
+            return "the run ends, for several processes halve no batches; the last checkpoint stands"
+        if self.config.budget.batch == 1:
+            return "the run ends, for single images cannot be halved; the last checkpoint stands"
+        but = " but for the adapter's dropout" if self.config.adapter.drops else ""
+        return f"batches are halved, down to single images, with the same result{but}"
+
+    @property
+    def latents_at_once(self) -> int:
+        """Of the largest batch, over all its images."""
+        largest = max(width * height for width, height in bucket_counts(self.examples))
+        return self.config.budget.batch * largest // self.base.vae_factor**2
 
     @property
     def shows_per_epoch(self) -> float:

@@ -27,7 +27,7 @@ from .clients.reading import read_by_clients
 from .config import RunConfig
 from .delta import Changes
 from .errors import ExportError
-from .events import PlanMade, Step, history
+from .events import PlanMade
 from .export import Exported, Precision, export, trained_changes
 from .files import atomic_file, write_text
 from .formats import Format, formats_of
@@ -39,9 +39,10 @@ from .pivotal import token_embeddings
 from .sample import Drawing, before_after_grid, drawn_like, preview_files
 from .sharing.bundle import bundle as write_bundle
 from .sharing.card import embedding_folder, write_beside
-from .sharing.facts import AS_TRAINED, Facts, FolderFacts, Preview, base_name
+from .sharing.facts import AS_TRAINED, Facts, FolderFacts, Preview, Thumbnail, base_name
 from .sharing.pictures import png, preview_text
 from .sharing.usage import embedding_file, is_whole_model
+from .story import Story
 from .strengths import Strengths
 from .wholemodel import save_checkpoint_file, save_model_folder
 
@@ -67,6 +68,7 @@ def release(
     bake_to: int = 0,
     strengths: Strengths = AS_TRAINED,
     bundle: bool = False,
+    thumbnail: Thumbnail | None = None,
     changes: Changes | None = None,
     merged_from: Sequence[str] = (),
 ) -> list[Path]:
@@ -75,16 +77,17 @@ def release(
     What is not given is as the run's `[export]` says; where that names no formats, all there are. `changes` stand in
     place of what the live adapters change, and `merged_from` says of what they were made. With `bake_to`, a plain LoRA
     of that rank is made of whatever it is, and the file holds it at `strengths`; the name says so:
-    `<name>-baked32-strength0.8.safetensors`. Card, sidecar, thumbnail and grid stand beside the first file, and what
-    was found of the files, by client, in `<name>-verified.json`; embeddings of new tokens
-    in `<name>-embedding/`, as `<trigger>.safetensors`. With `bundle`, all of it lies in `<name>.zip` too.
+    `<name>-baked32-strength0.8.safetensors`. Card, sidecar, thumbnail (the first preview, if no other was chosen)
+    and grid stand beside the first file, and what was found of the files, by client, in `<name>-verified.json`;
+    embeddings of new tokens in `<name>-embedding/`, as `<trigger>.safetensors`. With `bundle`, all of it lies in
+    `<name>.zip` too.
 
     Raises:
         UserError: if what was trained cannot be had at these strengths.
         ExportError: if a file on disk is not the same as the trained model, after the other formats were written.
     """
     settings, base = trained.config.export, trained.base
-    facts = replace(facts_of(trained, name), merged_from=tuple(merged_from))
+    facts = replace(facts_of(trained, name), merged_from=tuple(merged_from), thumbnail=thumbnail)
     is_plain = bool(bake_to) or changes is not None
     facts, changes = _derived(base, facts, changes, bake_to, strengths)
     wanted = formats or settings.formats
@@ -201,10 +204,11 @@ def _holds(path: Path, vectors: Mapping[str, Tensor]) -> bool:
 
 def facts_of(trained: Trained, name: str) -> Facts:
     """What is known of a run at one of its steps, from what it wrote down."""
-    records = history(trained.run.events)
-    steps = [r for r in records if isinstance(r.event, Step) and r.event.step <= trained.step]
-    recent = [r.event.loss for r in steps[-_RECENT:] if isinstance(r.event, Step)]
-    planned = next((r.event for r in reversed(records) if isinstance(r.event, PlanMade)), PlanMade(0, 0))
+    story = Story(trained.run.events)
+    story.refresh()
+    taken = story.steps.before(trained.step + 1)
+    recent = story.steps.loss[max(0, taken - _RECENT) : taken]
+    planned = story.plan or PlanMade(0, 0)
     dataset, shows = planned.plan.get("dataset", {}), planned.plan.get("shows_per_image")
     tagged: dict[str, Any] = dataset.get("tag_frequency", {})
     paths: dict[Any, str] = {Path(data.path).name: data.path for data in trained.config.data}
@@ -221,8 +225,8 @@ def facts_of(trained: Trained, name: str) -> Facts:
         planned_steps=planned.steps or None,
         images_seen=trained.images,
         epochs=shows * trained.images / planned.images if shows else None,
-        started=records[0].time if records else None,
-        finished=steps[-1].time if steps else None,
+        started=story.started,
+        finished=story.steps.times[taken - 1] if taken else None,
         loss=sum(recent) / len(recent) if recent else None,
         previews=tuple(previews_in(trained.run.samples(trained.step), trained.base.info)),
     )

@@ -1,19 +1,25 @@
-"""Previews: the same prompts and seeds at every step; pictures that say in their text chunk how they were made."""
+"""Pictures and previews: the same prompt and seed always give the same, and its text chunk says how it was made."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .config import SampleSection
-from .files import atomic_folder
+from .files import atomic_file, atomic_folder
+from .memory import in_halves
 from .models import Base, Conditions
+from .painting.samplers import SAMPLERS, Sampler
 
 _PIXELS_AT_ONCE = 64 * 64 * 64
 """Small pictures are drawn together, large ones one by one."""
@@ -30,6 +36,7 @@ class Drawing:
     guidance: float
     size: int
     """Side of the square picture, in pixels."""
+    sampler: Sampler = "ddim"
 
     @classmethod
     def of(cls, settings: SampleSection, size: int) -> Drawing:
@@ -39,37 +46,80 @@ class Drawing:
         """How picture `number` is drawn, in the form that A1111 reads."""
         return (
             f"{prompt}\nNegative prompt: {self.negative_prompt}\n"
-            f"Steps: {self.steps}, Sampler: DDIM, CFG scale: {self.guidance}, Seed: {self.seed + number}, "
-            f"Size: {self.size}x{self.size}, Model: {model}"
+            f"Steps: {self.steps}, Sampler: {SAMPLERS[self.sampler]}, CFG scale: {self.guidance}, "
+            f"Seed: {self.seed + number}, Size: {self.size}x{self.size}, Model: {model}"
         )
 
 
-def draw(base: Base, prompts: Sequence[str], drawing: Drawing) -> list[Image.Image]:
-    """One picture for each prompt, with DDIM (Song et al. 2021); picture i has the seed `drawing.seed + i`."""
+def draw(
+    base: Base, prompts: Sequence[str], drawing: Drawing, after_step: Callable[[], None] = lambda: None
+) -> list[Image.Image]:
+    """One picture for each prompt; picture i has the seed `drawing.seed + i`. Where the memory does not hold those that
+    are drawn together, fewer are.
+
+    `after_step` is called after every step of the sampler; what it raises ends the drawing.
+    """
     at_once = max(1, _PIXELS_AT_ONCE // drawing.size**2)
+    wanted = list(enumerate(prompts, drawing.seed))
+    together = partial(_draw_together, base, drawing, after_step)
     pictures: list[Image.Image] = []
-    for start in range(0, len(prompts), at_once):
-        seeds = range(drawing.seed + start, drawing.seed + min(start + at_once, len(prompts)))
-        pictures += _draw_together(base, prompts[start : start + at_once], seeds, drawing)
+    for start in range(0, len(wanted), at_once):
+        pictures += in_halves(together, wanted[start : start + at_once])
     return pictures
 
 
 @torch.no_grad()
-def _draw_together(base: Base, prompts: Sequence[str], seeds: Sequence[int], drawing: Drawing) -> list[Image.Image]:
-    with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
+def _draw_together(
+    base: Base, drawing: Drawing, after_step: Callable[[], None], wanted: Sequence[tuple[int, str]]
+) -> list[Image.Image]:
+    """`wanted` are seeds and prompts."""
+    prompts = [prompt for _, prompt in wanted]
+
+    def step_taken(*_: Any) -> dict[str, Any]:
+        after_step()
+        return {}  # nothing is changed
+
+    with (
+        torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message="__array__ implementation")  # between diffusers and newer numpys
+        pipeline = base.pipeline()
+        pipeline.scheduler = scheduler_of(base, drawing.sampler)
         text = base.encode([*prompts, *[drawing.negative_prompt] * len(prompts)]).to(base.device, base.dtype)
-        latents = base.pipeline()(
+        latents = pipeline(
             **_as_pipelines_take_it(text),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            generator=[torch.Generator().manual_seed(seed) for seed, _ in wanted],
             num_inference_steps=drawing.steps,
             guidance_scale=drawing.guidance,
             height=drawing.size,
             width=drawing.size,
             output_type="latent",
+            callback_on_step_end=step_taken,
         ).images
     pixels = base.decode(latents)
     pixels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in pixels]
+
+
+def scheduler_of(base: Base, sampler: Sampler) -> Any:
+    """A sampler over the base's noise schedule, with what it predicts and the time-steps it is meant for.
+
+    DDIM (Song et al. 2021), Euler with and without new noise in each step (Karras et al. 2022, algorithm 2), and
+    DPM-Solver++(2M) (Lu et al. 2022), also at the noise levels of Karras et al.
+    """
+    if sampler == "ddim":
+        return base.scheduler
+    kind, settings = _SCHEDULERS[sampler]
+    return kind.from_config(base.scheduler.config, **settings)
+
+
+_SCHEDULERS: dict[Sampler, tuple[Any, dict[str, Any]]] = {
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler-a": (EulerAncestralDiscreteScheduler, {}),
+    "dpm++-2m": (DPMSolverMultistepScheduler, {}),
+    "dpm++-2m-karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+}
 
 
 def _as_pipelines_take_it(text: Conditions) -> dict[str, Tensor]:
@@ -96,6 +146,12 @@ def save_previews(
             picture.save(temporary / f"{number:02d}.png", pnginfo=text)
 
 
+def save_picture(file: Path, picture: Image.Image, prompt: str, drawing: Drawing, model: str, lora: str) -> None:
+    """Write one PNG as previews are written; it is there whole or not at all."""
+    with atomic_file(file) as temporary:
+        picture.save(temporary, "PNG", pnginfo=_png_text(prompt, 0, drawing, model, lora))
+
+
 def preview_files(folder: Path) -> list[Path]:
     """Those that `save_previews` wrote, by number; whatever else a person has put there is left alone."""
     return sorted(path for path in folder.glob("*.png") if path.stem.isdecimal())
@@ -116,7 +172,7 @@ def _png_text(prompt: str, number: int, drawing: Drawing, model: str, lora: str)
         "negative_prompt": drawing.negative_prompt,
         "seed": str(drawing.seed + number),
         "steps": str(drawing.steps),
-        "sampler": "DDIM",
+        "sampler": SAMPLERS[drawing.sampler],
         "guidance": str(drawing.guidance),
         "size": f"{drawing.size}x{drawing.size}",
         "model": model,

@@ -8,9 +8,7 @@ that it is bad; here every kind of damage has a sentence of its own, and nothing
 
 from __future__ import annotations
 
-import json
 import math
-import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,16 +16,26 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import UserError, first_line
-from .tensorfile import DTYPE_NAMES
+from .jsonfile import parse_json
 
-LONGEST = 100_000_000
-"""Bytes of a header; the library reads no longer one."""
+LONGEST = 16 * 2**20
+"""Bytes of a header; the longest that are known, with the tags of a hundred thousand images, have a quarter of it. The
+library reads six times as many, of which Python would make more than a gigabyte."""
+MOST_TENSORS = 50_000
+"""A whole SDXL with its averages has 5,000, a LyCORIS of it 8,000."""
+LONGEST_NAME = 1000
+"""Characters of a tensor's name; the longest that are known have 130. Each is held against many patterns."""
 _MOST = 1 << 60  # numbers in a tensor; beyond it, even an empty one has no place in memory
 _LENGTH = 8  # bytes of the number that says how long it is
+_BEGINNING = 512  # bytes, by which other kinds of files are known
 _SHOWN = 100  # letters of a name that come from a file
 _AGAIN = "Download or copy it again."
 _NAME_ONE = "Name a .safetensors file."
-_SIZES = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
+_SIZES = {
+    **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2},
+    **{"I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8},
+}
+"""Bytes of a number, by safetensors' name of its type; no torch is needed to read a header."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +73,9 @@ def read_header(path: Path) -> Header:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(_LENGTH + _SHOWN)
+            start = file.read(_BEGINNING)
             length = int.from_bytes(start[:_LENGTH], "little")
-            _require_header(path, size, start, length)
+            _require_header(size, start, length)
             file.seek(_LENGTH)
             header = _parse(file.read(length))
         _require_whole(header.entries, size - _LENGTH - length)
@@ -93,21 +101,22 @@ def _refuse(what: str, fix: str = _AGAIN) -> NoReturn:
 # what it is, if it is no safetensors file
 
 
-def _require_header(path: Path, size: int, start: bytes, length: int) -> None:
+def _require_header(size: int, start: bytes, length: int) -> None:
     """The first bytes must say how long a header is that can be there."""
     begins = start[_LENGTH : _LENGTH + 1] == b"{"
     if begins and length <= min(LONGEST, size - _LENGTH):
         return
     if not size:
         _refuse("is empty")
-    if kind := _other_kind(path, start):
+    if kind := _other_kind(start):
         _refuse(f"is no safetensors file: it is {kind[0]}", kind[1])
     if size < _LENGTH:
         _refuse(f"is not a whole safetensors file: it has {size} bytes, too few even for a header")
     if not start.strip(b"\0"):
         _refuse("holds zeros where its header should be, as a download does that broke off")
     if length > LONGEST:
-        _refuse(f"is damaged: it says that its header has {_bytes(length)}, and no header has more than 100 MB")
+        most = f"{_bytes(LONGEST)} is the most that is read"
+        _refuse(f"is damaged: it says that its header has {_bytes(length)}, and {most}")
     if length > size - _LENGTH:
         missing = length - (size - _LENGTH)
         _refuse(f"is not a whole safetensors file: it ends {_bytes(missing)} before the end of its header")
@@ -129,10 +138,10 @@ _KINDS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
 """First bytes, in lower case and after white space; what they are; what to do."""
 
 
-def _other_kind(path: Path, start: bytes) -> tuple[str, str] | None:
+def _other_kind(start: bytes) -> tuple[str, str] | None:
     """What a file is by its first bytes, and what to do; None if they tell nothing."""
     if start.startswith(b"PK\x03\x04"):
-        return _kind_of_zip(path)
+        return _kind_of_zip(start)
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for beginnings, kind, fix in _KINDS:
         if text.startswith(beginnings):
@@ -142,14 +151,9 @@ def _other_kind(path: Path, start: bytes) -> tuple[str, str] | None:
     return ("a text", _NAME_ONE) if is_text else None
 
 
-def _kind_of_zip(path: Path) -> tuple[str, str]:
-    """PyTorch puts its pickles into zip archives."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile:
-        return "a zip archive, or a pickle (.ckpt, .pt), that is cut short", _AGAIN
-    if any(name.endswith("data.pkl") for name in names):
+def _kind_of_zip(start: bytes) -> tuple[str, str]:
+    """PyTorch puts its pickles into zip archives, of which they are the first entry."""
+    if b"/data.pkl" in start:
         return "a pickle (.ckpt, .pt) under another name", _CONVERT
     return "a zip archive", _UNPACK
 
@@ -164,17 +168,21 @@ class _TwiceError(ValueError):
 
 def _parse(raw: bytes) -> Header:
     try:
-        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_number)
+        found = parse_json(raw.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         _refuse(f"is damaged: its header is not UTF-8 from byte {error.start} on")
     except _TwiceError as error:
         _refuse(f"is damaged: its header holds {error} twice", "Make the file again.")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         _refuse(f"is damaged: its header is not JSON ({first_line(error)})")
     metadata = found.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         odd = next((key for key, value in _items(metadata) if not isinstance(value, str)), "__metadata__")
         _refuse(f"is damaged: {shown(odd)} in its metadata is not text, and all of it must be", "Make the file again.")
+    if len(found) > MOST_TENSORS:
+        _refuse(f"holds {len(found):,} tensors, and {MOST_TENSORS:,} is the most that is read", _NAME_ONE)
+    if long := next((key for key in found if len(key) > LONGEST_NAME), None):
+        _refuse(f"is damaged: the name {shown(long)} has {len(long):,} characters", "Make the file again.")
     return Header({key: _entry(key, found[key]) for key in sorted(found)}, metadata)
 
 
@@ -183,10 +191,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise _TwiceError(shown(Counter(name for name, _ in pairs).most_common(1)[0][0]))
     return found
-
-
-def _no_number(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no number in JSON")
 
 
 def _items(metadata: Any) -> Iterator[tuple[str, Any]]:

@@ -32,6 +32,7 @@ from .clients.reading import read_by_clients
 from .clients.table import COMPATIBILITY, Client
 from .delta import Changes, Delta, Form, product_norm
 from .errors import ExportError, Problem, UserError, first_line
+from .files import rename
 from .keys import ALPHA, Format, base_name, component_of, grammar, leaf_of
 from .lorafile import LoraFile
 from .loraread import merged, read_lora
@@ -99,7 +100,7 @@ def verify(path: Path, base: Base, load_fresh: Callable[[], Base], changes: Chan
     except _Different as different:
         deviations = different.args[0]
     rejected = path.with_name(f"{path.name}.rejected")
-    path.replace(rejected)
+    rename(path.replace, rejected)
     if len(deviations) > SHOWN:
         deviations = [*deviations[:SHOWN], f"and {len(deviations) - SHOWN} more deviations"]
     fix = f"Do not share it: it was set aside as {rejected.name}. Export again, from the last checkpoint."
@@ -148,21 +149,6 @@ def _rounds_lengths(base: Base, live: Mapping[str, Layer], format: Format) -> bo
     """Whether diffusers brings the lengths of a DoRA to half precision, an error that would grow with the strength."""
     has_lengths = any(layer.delta.form == "dora" for layer in live.values())
     return has_lengths and format == "diffusers" and base.dtype != torch.float32
-
-
-def verify_tensors(path: Path, base: Base, changes: Changes) -> None:
-    """Hold a file against changes without loading it into a pipeline; of `base`, shapes are enough.
-
-    Raises:
-        ExportError: naming the first deviations.
-    """
-    file = LoraFile.open(path)
-    format = file.format or "kohya"
-    try:
-        _compare_tensors(file, base, named_layers(base, changes, format), format)
-    except _Different as different:
-        fix = "Try another --precision; if it stays so, report it."
-        raise ExportError.of(Problem(path.name, text, fix) for text in different.args[0][:SHOWN]) from None
 
 
 def _compare_tensors(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .errors import BaseModelError, first_line
+from .errors import BaseModelError, UserError, first_line
+from .tensorheader import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,14 +51,14 @@ class WeightFile:
         if path.suffix != ".safetensors":
             raise BaseModelError(f"{path.name} is no file of weights", where, f"Known are {', '.join(ENDINGS)}.")
         try:
-            with safe_open(path, framework="numpy") as file:
-                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-                return cls(path, where, shapes, dict(file.metadata() or {}))
+            header = read_header(path)
+            with safe_open(path, framework="numpy"):
+                return cls(path, where, {key: entry.shape for key, entry in header.entries.items()}, header.metadata)
+        except UserError as error:
+            (problem,) = error.problems
+            raise BaseModelError(f"{path.name} {problem.what}", where, problem.fix) from None
         except SafetensorError as error:
             raise BaseModelError(f"{path.name} is not a whole safetensors file ({error})", where, _AGAIN) from error
-        except OSError as error:
-            what = f"{path.name} cannot be read ({error.strerror or error})"
-            raise BaseModelError(what, where, "Check its permissions.") from error
 
     def refusal(self, what: str, fix: str) -> BaseModelError:
         """The error that this file is not what it should be."""
@@ -123,4 +125,7 @@ def _load_pickle(path: Path, where: str) -> dict[str, Tensor]:
 
 _NO_PICKLE = "Download the .safetensors file of the model, or have somebody you trust convert it."
 # What unpickling raises where bytes are missing or wrong.
-_BROKEN = (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
+_BROKEN = (
+    *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
+    *(ArithmeticError, MemoryError, struct.error, zipfile.BadZipFile),
+)

@@ -1,8 +1,8 @@
 """Files of a whole model: one `.safetensors` that clients read as a checkpoint, or a diffusers folder.
 
 Either is read back before it takes its name. A checkpoint file also holds the configurations of its parts, under
-`lorasmith.components` in its metadata, because names and shapes do not tell them all; so `unpack` gives the same model.
-Of other files, `singlefile.py` tells what it can.
+`lorasmith.components` in its metadata, because names and shapes do not tell them all. Of other files,
+`singlefile.py` tells what it can; `baseweights.py` turns one into the other, weight by weight.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .errors import ExportError, UserError
 from .export import DTYPES, Precision
 from .files import atomic_file, atomic_folder
 from .ldm import from_ldm, to_ldm, with_text_model
-from .models import FAMILIES, Base, clip_tokenizer, load_base
+from .models import FAMILIES, Base, load_base
 from .sharing.metadata import architecture_of
-from .singlefile import COMPONENTS, SingleFile, read_single_file
+from .singlefile import COMPONENTS
 from .tensorfile import require_ending
 
 Weights = dict[str, dict[str, Tensor]]
@@ -58,22 +58,6 @@ def save_model_folder(base: Base, folder: Path, precision: Precision = "fp16") -
     """
     save = partial(_save_weights, _weights(base, precision))
     write_folder(folder, base.info.family, configs_of(base), tokenizers_of(base), save)
-
-
-def unpack(path: Path, folder: Path) -> SingleFile:
-    """Turn a file of a whole model into the diffusers folder of the same model, in the file's precision.
-
-    Names are checked here; that all weights are there in the right shapes, `load_base` checks.
-
-    Raises:
-        BaseModelError: if it is not a whole file, or holds what is no part of a model of its family.
-        UserError: if the folder holds anything but an earlier model.
-    """
-    found = read_single_file(path, str(path))
-    tokenizers = {name: clip_tokenizer(found.configs[name], str(path)) for name in tokenizer_names(found.family)}
-    weights = from_ldm(found.family, found.file.tensors(), found.configs["unet"], found.configs["vae"])
-    write_folder(folder, found.family, found.configs, tokenizers, partial(_save_weights, weights))
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lorasmith.trainer.events import Step, history
 from lorasmith.trainer.files import write_text
 from lorasmith.trainer.jobs import RunFolder
+from lorasmith.trainer.story import Story
 
 from .sources import PACKAGES
 
@@ -62,9 +62,10 @@ def measure_table(measured: dict[str, Any]) -> str:
 
 def curve_table(run: RunFolder) -> str:
     """The mean loss of each tenth of the run."""
-    steps = [record.event for record in history(run.events) if isinstance(record.event, Step)]
-    size = max(1, len(steps) // ROWS)
-    tenths = [steps[start : start + size] for start in range(0, len(steps) - size + 1, size)]
+    story = Story(run.events)
+    story.refresh()
+    size = max(1, len(story.steps) // ROWS)
+    tenths = [story.steps[start : start + size] for start in range(0, len(story.steps) - size + 1, size)]
     rows = [f"| {tenth[-1].images:,} | {sum(step.loss for step in tenth) / len(tenth):.4f} |" for tenth in tenths]
     return "\n".join(["| images seen | loss |", "|---|---|", *rows])
 

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from lorasmith.trainer.bases import inspect_base
-from lorasmith.trainer.demo import EXAMPLES, to_tensor
+from lorasmith.trainer.demo import to_tensor
+from lorasmith.trainer.example import EXAMPLES
 from lorasmith.trainer.files import atomic_file, write_text
 from lorasmith.trainer.models import Base, load_base
 from lorasmith.trainer.sample import Drawing, contact_sheet, draw

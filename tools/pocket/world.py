@@ -14,7 +14,8 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from lorasmith.trainer.bases import POCKET
-from lorasmith.trainer.demo import EXAMPLES, to_tensor
+from lorasmith.trainer.demo import to_tensor
+from lorasmith.trainer.example import EXAMPLES
 from lorasmith.trainer.score import colour_layout_distance
 
 from .sources import SIDE, Emoji, Sources

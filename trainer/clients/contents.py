@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,7 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..lorafile import LoraFile
+from ..jsonfile import parse_json
+from ..lorafile import LoraFile, fitting
 
 ALPHA = "alpha"
 _READABLE = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8"}
@@ -59,8 +59,8 @@ class Contents:
     def said(self) -> dict[str, Any] | None:
         """What diffusers wrote into the header of PEFT's configuration; None if that cannot be read."""
         try:
-            said = json.loads(self.file.metadata.get("lora_adapter_metadata", "{}"))
-        except (ValueError, RecursionError):
+            said = parse_json(self.file.metadata.get("lora_adapter_metadata", "{}"))
+        except ValueError:
             return None
         return said if isinstance(said, dict) else None
 
@@ -111,11 +111,7 @@ def said_number(said: Mapping[str, Any], component: str, path: str, what: str, n
     """A rank or an alpha: that of the first pattern which fits the end of the path, as PEFT looks it up."""
     patterns = said.get(f"{component}.{what}_pattern")
     try:
-        fitting = [
-            value
-            for pattern, value in (patterns.items() if isinstance(patterns, dict) else ())
-            if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", path)
-        ]
-        return float((fitting or [said.get(f"{component}.{name}", 8)])[0])
-    except (re.error, TypeError, ValueError, OverflowError, RecursionError):
+        own = fitting(patterns, path) if isinstance(patterns, dict) else None
+        return float(said.get(f"{component}.{name}", 8) if own is None else own)
+    except (TypeError, ValueError, OverflowError):
         return math.nan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -25,9 +25,6 @@ from .options import (
     refuse_taken,
     require_file_name,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 NewFormat = Annotated[
     Literal["kohya", "diffusers"] | None, typer.Option("--format", help="Names in a LoRA; kohya if not given.")
@@ -89,7 +86,7 @@ def convert(
             convert_lora(Path(source), target, format_ or "kohya", base, precision, progress)
     else:
         from ..bases import inspect_base
-        from ..baseweights import rewrite
+        from ..baseweights import rewrite, unchanged
 
         for option, given in (("--format", format_), ("--base", base)):
             if given:
@@ -97,7 +94,7 @@ def convert(
         refuse_taken(target, "TARGET")
         info = inspect_base(source)
         with progress_of("converting weights") as progress:
-            rewrite(info, target, _unchanged, precision, target.stem, progress)
+            rewrite(info, target, unchanged, precision, target.stem, progress)
         for assumption in info.assumptions:
             typer.echo(f"warning: {assumption}", err=True)
     typer.echo(target)
@@ -218,11 +215,6 @@ def blend(
     with progress_of("blending weights") as progress:
         blend_bases(first, second, Strengths.parse(strength, block or []), out, precision, progress)
     typer.echo(out)
-
-
-def _unchanged(component: str, name: str, weight: Tensor) -> Tensor:
-    del component, name
-    return weight
 
 
 def _is_lora(path: Path) -> bool:

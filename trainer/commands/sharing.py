@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from ..errors import UserError
+from ..painting.samplers import MOST_STEPS, Sampler
 from .options import (
     BlockStrengths,
     Json,
@@ -40,6 +42,17 @@ def sample(
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**63 - 1, help="The first picture's seed; sample.seed if not given.")
     ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What not to draw; sample.negative_prompt if not given.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MOST_STEPS, help="Steps of the sampler; sample.steps if not given.")
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(min=1, max=50, help="Classifier-free guidance scale; sample.guidance if not given."),
+    ] = None,
+    sampler: Annotated[Sampler, typer.Option(help="Which sampler; that of the previews is ddim.")] = "ddim",
     out: Annotated[Path | None, typer.Option(help="A new folder for the pictures.")] = None,
 ) -> None:
     """Draw pictures with what a run has trained."""
@@ -57,8 +70,9 @@ def sample(
 
     trained = load_run(path, step)
     base, name = trained.base, trained.run.name
+    given = {"seed": seed, "negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "sampler": sampler}
     drawing = Drawing.of(trained.config.sample, base.info.resolution)
-    drawing = drawing if seed is None else replace(drawing, seed=seed)
+    drawing = replace(drawing, **{key: value for key, value in given.items() if value is not None})
     with adapter.strength(base, strengths):
         pictures = draw(base, prompt, drawing)
     folder = out or _new_folder(trained.run.path / "samples", f"own-step-{trained.step:06d}")
@@ -66,6 +80,62 @@ def sample(
     save_previews(folder, pictures, prompt, drawing, base.info.short_name, lora)
     for number in range(len(prompt)):
         typer.echo(folder / f"{number:02d}.png")
+
+
+def compare(
+    path: RunPath,
+    steps: Annotated[
+        str, typer.Option(help="The checkpoints, as in 300,400,500; five over the run if not given.")
+    ] = "",
+    strengths: Annotated[str, typer.Option(help="The strengths; 0 is the base alone.")] = "0,0.4,0.7,1,1.2",
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to draw; may be repeated. The first preview's if not given.")
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(min=0, max=2**63 - 1, help="May be repeated; sample.seed if not given."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The new .png file; in the run's compare/ if not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a wall of checkpoints and strengths to choose from; what was drawn before is not drawn again."""
+    if out:
+        if out.suffix.lower() != ".png":
+            raise UserError("does not end in .png", f"--out {out}", "Add it: the wall is a PNG.")
+        refuse_taken(out, "--out")
+    from ..jobs import open_run
+    from ..painting.orders import files_of, write_order
+    from ..painting.sheet import order_sheet, save_sheet
+    from ..painting.wall import wall_order
+
+    run = open_run(path)
+    wanted, shares = _numbers(steps, int, "--steps"), _numbers(strengths, float, "--strengths")
+    order = wall_order(run, wanted, shares, prompt or [], seed or [])
+    write_order(order)  # which checks it
+    files = files_of(order, run.path.parent)
+    if missing := [file for file in files.values() if not file.is_file()]:
+        from ..painting.studio import Studio
+
+        with progress_of("drawing") as progress:
+            done = iter(range(1, len(missing) + 1))
+            Studio().draw(order, files, lambda: progress(next(done), len(missing)))
+    target = out or order.sheet()
+    save_sheet(order_sheet(order, run.name), target)
+    if as_json:
+        cells = [{**asdict(cell), "file": str(file)} for cell, file in files.items()]
+        print_json({"wall": str(target), "cells": cells})
+    else:
+        typer.echo(target)
+
+
+def paint(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="The folder that holds run folders.")],
+    idle: Annotated[float, typer.Option(min=0, help="Seconds without an order after which it ends.")] = 300.0,
+) -> None:
+    """Draw what the browser app orders; it starts this by itself."""
+    from ..painting.painter import paint as work
+
+    work(runs, idle)
 
 
 def interpolate(
@@ -112,6 +182,9 @@ def export(
         int | None, typer.Option(min=1, metavar="RANK", help="Write a plain LoRA of this rank of whatever was trained.")
     ] = None,
     bundle: Bundle = False,
+    thumbnail: Annotated[
+        Path | None, typer.Option(help="The picture that stands for the file; the first preview if not given.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="export.KEY=VALUE", help="Override a setting of [export]; may be repeated."),
@@ -141,7 +214,7 @@ def export(
             fix += " diffusers does not load this kind; with --bake RANK a plain LoRA is written, which it does."
         raise UserError(f"there is no format {unknown[0]!r} of this run", "--format", fix)
     strengths = Strengths.parse(strength, block or [])
-    files = export_run(path, step, formats, out, precision, bake or 0, strengths, bundle, set_ or [])
+    files = export_run(path, step, formats, out, precision, bake or 0, strengths, bundle, set_ or [], thumbnail)
     lost = json.loads(LoraFile.open(files[0]).metadata["lorasmith_baked_lost"]) if bake else {}
     _say_what_was_written(files, lost, as_json)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import INTERRUPTED
+from ..errors import INTERRUPTED, UserError
 from .options import ConfigFile, Json, Overrides, RunPath, print_json, refuse_unwritable
 from .preparing import plan_of
 
@@ -43,24 +44,77 @@ def train(file: ConfigFile, set_: Overrides = None) -> None:
     say_how_it_ended(finished)
 
 
-def resume(path: RunPath, set_: Overrides = None) -> None:
+def resume(
+    path: RunPath,
+    set_: Overrides = None,
+    from_step: Annotated[
+        int | None, typer.Option("--from", min=0, metavar="STEP", help="Go on from this checkpoint, not the newest.")
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="config|data|base",
+            help="Go on although the settings, the images or the base have changed; may be repeated.",
+        ),
+    ] = None,
+    tell: Annotated[
+        bool, typer.Option(hidden=True, help="Tell in the run's folder, too, why it cannot go on.")
+    ] = False,
+) -> None:
     """Continue a stopped, interrupted or failed run exactly where it was saved."""
     from .. import run
     from ..console import Reporter
     from ..jobs import open_run
+    from ..origin import changes_named
 
-    with Reporter() as report:
-        finished = run.resume(open_run(path), set_ or [], report)
+    found, allowed = open_run(path), changes_named(allow or ())
+    with Reporter() as report, run.refusals_told(found) if tell else nullcontext():
+        finished = run.resume(found, set_ or [], report, from_step, allowed)
     say_how_it_ended(finished)
 
 
+def verify_resume(
+    file: ConfigFile,
+    set_: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="Steps of each half.")] = 4,
+    as_json: Json = False,
+) -> None:
+    """Train 2 N steps unbroken, and N + N with the process killed in between, and compare. Exit code 1 if they differ.
+
+    Both are trained in a temporary folder, of which nothing is left.
+    """
+    from ..rerun import verify_resume
+
+    verdict = verify_resume(file, set_ or [], steps, lambda doing: typer.echo(doing, err=True))
+    if as_json:
+        print_json(verdict.facts())
+    else:
+        from ..console import print_verdict
+
+        print_verdict(verdict)
+    if not verdict.is_equal:
+        raise typer.Exit(1)
+
+
 def stop(path: RunPath) -> None:
-    """Ask a running run to save and stop after its current step."""
+    """Ask a running run to save and stop after its current step; one that waits leaves the queue."""
     from ..jobs import open_run
 
-    run = open_run(path)
-    run.ask_to_stop()
-    typer.echo(f"{run.name} will save and stop after its current step")
+    typer.echo(open_run(path).ask_to_stop())
+
+
+def save(path: RunPath) -> None:
+    """Ask a running run for a checkpoint of its current step."""
+    from ..jobs import open_run
+
+    typer.echo(open_run(path).ask_to_save())
+
+
+def preview(path: RunPath) -> None:
+    """Ask a running run for previews of its current step."""
+    from ..jobs import open_run
+
+    typer.echo(open_run(path).ask_to_sample())
 
 
 def runs(
@@ -84,13 +138,30 @@ def runs(
 def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port of the page.")] = 7860,
     folder: Annotated[Path, typer.Option("--runs", help="The folder that holds run folders.")] = Path("runs"),
+    listen: Annotated[bool, typer.Option(help="Let other computers reach the page; needs --auth.")] = False,
+    auth: Annotated[
+        str,
+        typer.Option(metavar="USER:PASSWORD", envvar="LORASMITH_AUTH", help="Ask for this name and password."),
+    ] = "",
+    root: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="With --listen: a folder in which paths typed in the page may lie; may be repeated. "
+            "The current folder if not given."
+        ),
+    ] = None,
 ) -> None:
-    """Open the browser app: runs, their progress, previews and files."""
+    """Open the browser app: images, training, comparing and sharing. Only this computer reaches it, unless --listen."""
     refuse_unwritable(folder, "--runs")
+    if root and not listen:
+        raise UserError("has no effect without --listen: you may type any path", "--root", "Remove it.")
 
-    from ...ui.app import serve
+    from ...ui.quickly import without_stubs
 
-    serve(folder, port)
+    with without_stubs():
+        from ...ui.server import Door, serve
+
+    serve(folder, Door.of(listen, port, auth), tuple(root or ()))
 
 
 def say_how_it_ended(finished: Finished) -> None:

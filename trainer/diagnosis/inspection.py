@@ -61,13 +61,31 @@ def components(file: LoraFile) -> dict[str, dict[str, Any]]:
     return {name: entry | {counter: dict(entry[counter]) for counter in counters} for name, entry in found.items()}
 
 
+MOST_SHOWN = 1000
+"""Characters of a text in the metadata; of a longer one, such as a thumbnail, the beginning is shown."""
+MOST_OF_A_STRUCTURE = 1_000_000
+"""Characters of a table or list; that of the tags of ten thousand images has some hundred thousand."""
+_DEEPEST = 50  # tables and lists in one another; kohya's are 4 deep
+
+
 def _readable(value: str) -> Any:
-    """Structured values as they are meant; a long one, such as a thumbnail, by its length."""
-    if value.startswith(("{", "[")):
-        try:
-            found = json.loads(value, parse_constant=str)
-            json.dumps(found, allow_nan=False)  # 1e999 becomes an infinity
-            return found
-        except (ValueError, RecursionError):
-            return value
-    return value if len(value) <= 1000 else f"{value[:40]}... ({len(value)} characters)"
+    """Structured values as they are meant; a long one by its beginning and its length."""
+    is_structure = value.startswith(("{", "[")) and len(value) <= MOST_OF_A_STRUCTURE
+    if is_structure and (found := _structure(value)) is not None:
+        return found
+    return value if len(value) <= MOST_SHOWN else f"{value[:40]}... ({len(value)} characters)"
+
+
+def _structure(value: str) -> Any:
+    """What JSON holds, if it can be written again; None if not."""
+    try:
+        found = json.loads(value, parse_constant=str)
+        json.dumps(found, allow_nan=False)  # 1e999 becomes an infinity
+    except (ValueError, RecursionError):
+        return None
+    return found if _is_shallow(found, _DEEPEST) else None
+
+
+def _is_shallow(value: Any, deepest: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return deepest > 0 and all(_is_shallow(one, deepest - 1) for one in inner)

@@ -17,7 +17,7 @@ from ..config import RunConfig
 from ..configfile import to_toml
 from ..files import atomic_file, sha256_of
 from ..lorafile import LoraFile
-from .card import model_card, prompt_of
+from .card import NO_PROMPT, model_card, prompt_of
 from .facts import HUB_ID, Facts, base_name, last_part
 from .licenses import license_note
 from .pictures import png, preview_text
@@ -86,10 +86,12 @@ def _digest(content: Path | bytes) -> str:
 
 def _made(first: Path, inside: Mapping[str, Path], facts: Facts, info: BaseInfo) -> Iterator[tuple[str, bytes]]:
     autov3 = "" if is_whole_model(facts) else LoraFile.open(first).hashes.autov3
-    pictures: dict[str, str] = {}
-    for preview in facts.previews:
+    thumbnail = f"{first.name.removesuffix('.safetensors')}.png"
+    is_beside = thumbnail in inside and not facts.pictured
+    pictures = {thumbnail: facts.picture_prompt or NO_PROMPT} if is_beside else {}
+    for preview in sorted(facts.previews, key=lambda preview: preview is not facts.pictured):  # the Hub shows the first
         name = f"{_PICTURES}/{preview.number:02d}.png"
-        pictures[name] = prompt_of(facts, preview.number)
+        pictures[name] = prompt_of(facts, preview)
         yield name, png(preview.picture, preview_text(facts, [preview], autov3))
     grid = f"{facts.name}-grid.png"
     card = model_card(facts, info, first.name, pictures, grid if grid in inside else "")

@@ -12,7 +12,7 @@ from ..bases import FAMILY_TITLES, BaseInfo, FamilyName
 from ..clients.table import FORM_OF, read_by
 from ..files import atomic_file, write_text
 from ..idle import LOW_RANK
-from .facts import AS_TRAINED, Facts, base_name, hub_id
+from .facts import AS_TRAINED, Facts, Preview, base_name, hub_id
 from .licenses import license_of, license_of_base
 from .metadata import iso_date
 from .pictures import png, preview_text
@@ -30,19 +30,19 @@ def write_beside(file: Path, facts: Facts, info: BaseInfo) -> list[Path]:
     """Write `<name>.md`, `<name>.json` and, if there is a picture, `<name>.png`; returns their paths."""
     stem = file.name.removesuffix(".safetensors")
     card, sidecar, picture = (file.with_name(stem + ending) for ending in (".md", ".json", ".png"))
-    shown = {picture.name: prompt_of(facts, 0)} if facts.picture else {}
+    shown = {picture.name: facts.picture_prompt or NO_PROMPT} if facts.picture else {}
     write_text(card, model_card(facts, info, file.name, shown))
     write_text(sidecar, json.dumps(sidecar_of(facts, info), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     if facts.picture is None:
         return [card, sidecar]
     with atomic_file(picture) as temporary:
-        temporary.write_bytes(png(facts.picture, preview_text(facts, facts.previews[:1])))
+        temporary.write_bytes(png(facts.picture, preview_text(facts, [facts.pictured] if facts.pictured else [])))
     return [card, sidecar, picture]
 
 
-def prompt_of(facts: Facts, number: int) -> str:
+def prompt_of(facts: Facts, preview: Preview) -> str:
     """What a gallery says below a preview."""
-    return facts.told_prompt(facts.previews[number].prompt) or NO_PROMPT
+    return facts.told_prompt(preview.prompt) or NO_PROMPT
 
 
 def sidecar_of(facts: Facts, info: BaseInfo) -> dict[str, Any]:
@@ -124,6 +124,8 @@ def _body(facts: Facts, info: BaseInfo, file: str, has_gallery: bool, grid: str)
     yield from [_snippet(facts, info, file, base)] if is_whole_model(facts) else _reading(facts, info, file, base)
     if has_gallery and not facts.is_as_trained:
         yield "The pictures show what was trained, before the file was made from it."
+    if has_gallery and facts.picture and not facts.pictured:
+        yield "The first picture is none of the previews, and may have been drawn in another way."
     if recipe := recipe_sentence(facts):
         yield f"**Previews.** {recipe[0].upper()}{recipe[1:]}"
     if grid:

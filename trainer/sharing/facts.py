@@ -73,6 +73,17 @@ class Preview:
 
 
 @dataclass(frozen=True)
+class Thumbnail:
+    """A picture that a person has chosen to stand for the file."""
+
+    picture: Image.Image
+    prompt: str = ""
+    """What it was drawn from; empty if its file does not say."""
+    number: int | None = None
+    """Its place among the previews, if it is one of them."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """What is known of a run when its LoRA is written. Every field but the name may be missing."""
 
@@ -97,7 +108,9 @@ class Facts:
     loss: float | None = None
     """Mean training loss near the end."""
     previews: tuple[Preview, ...] = ()
-    """What the style looks like; the first is the thumbnail."""
+    """What the style looks like."""
+    thumbnail: Thumbnail | None = None
+    """The picture that stands for it; None: the first preview."""
     baked: BakedFacts | None = None
     strengths: Strengths = AS_TRAINED
     """At which the file holds what was trained."""
@@ -130,8 +143,21 @@ class Facts:
         return round(self.settings.strength / inside, 4) if inside > 0 else self.settings.strength
 
     @property
+    def pictured(self) -> Preview | None:
+        """The preview that stands for it; None if there is none, or if a picture was chosen that is none of them."""
+        number = self.thumbnail.number if self.thumbnail else next((p.number for p in self.previews), None)
+        return next((preview for preview in self.previews if preview.number == number), None)
+
+    @property
     def picture(self) -> Image.Image | None:
-        return self.previews[0].picture if self.previews else None
+        """The picture that stands for it."""
+        return self.thumbnail.picture if self.thumbnail else self.pictured and self.pictured.picture
+
+    @property
+    def picture_prompt(self) -> str:
+        """What that picture was drawn from, as far as it may be told."""
+        chosen = self.thumbnail or self.pictured
+        return self.told_prompt(chosen.prompt) if chosen and chosen.prompt else ""
 
     @property
     def triggers(self) -> list[str]:

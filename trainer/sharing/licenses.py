@@ -58,9 +58,14 @@ any other one is told by its name, which is always right."""
 
 def license_of_base(info: BaseInfo) -> License | None:
     """That of its family; None for random weights, which nobody made. A base may have one of its own besides."""
-    if info.model == "pocket":
+    return usual_license(info.model, info.family)
+
+
+def usual_license(model: str, family: FamilyName) -> License | None:
+    """Likewise, of a base by its name and family."""
+    if model == "pocket":
         return _APACHE
-    return None if info.model.startswith("random:") else OF_FAMILY[info.family]
+    return None if model.startswith("random:") else OF_FAMILY[family]
 
 
 def license_of(facts: Facts, info: BaseInfo) -> License | None:

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -330,7 +330,7 @@ def architecture_of(info: BaseInfo) -> str:
 
 
 def iso_date(unix: float) -> str:
-    return datetime.fromtimestamp(unix, tz=timezone.utc).isoformat(timespec="seconds")
+    return datetime.fromtimestamp(unix, tz=UTC).isoformat(timespec="seconds")
 
 
 def as_text(known: Mapping[str, Any]) -> dict[str, str]:

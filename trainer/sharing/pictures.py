@@ -10,14 +10,36 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from .facts import Facts, Preview
+from ...datasets.images import DECODING_ERRORS, UnreadableImageError, formats_here, read_rgb
+from ..errors import UserError, first_line
+from .facts import Facts, Preview, Thumbnail
 from .usage import SAMPLER
 
 THUMBNAIL_SIDE = 256
+_NAME_A_PICTURE = "Name a picture: a preview of the run, a cell of its wall, or one of your own."
+
+
+def read_thumbnail(file: Path, previews: Path) -> Thumbnail:
+    """Any picture; `previews` is the folder of those of the step, which it may be one of.
+
+    Raises:
+        UserError: if it is no picture, or cannot be read.
+    """
+    if not file.is_file():
+        raise UserError("no such file", str(file), _NAME_A_PICTURE)
+    try:
+        picture, _ = read_rgb(file)
+        with Image.open(file, formats=formats_here()) as opened:
+            prompt = str(opened.info.get("positive_prompt", ""))
+    except (UnreadableImageError, *DECODING_ERRORS) as error:
+        raise UserError(f"is no picture that can be read ({first_line(error)})", str(file), _NAME_A_PICTURE) from error
+    is_preview = file.stem.isdecimal() and file.resolve().parent == previews.resolve()
+    return Thumbnail(picture, prompt, int(file.stem) if is_preview else None)
 
 
 def data_uri(picture: Image.Image) -> str:

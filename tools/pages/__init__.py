@@ -1,0 +1,1 @@
+"""Pictures of the browser app for the README, and how quick it is."""
