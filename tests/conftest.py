@@ -52,7 +52,8 @@ _ELABORATE = {
 
 
 _LONG = re.compile("test_(ui_|queue|painting|cli|requests|train|share|wall|export|real_clients)")
-"""Files that take long and have few tests; they come first, so that none is left to one process at the end."""
+"""Files that take long and have few tests; they come first, so that none is left to one process at the end. Browsers
+are kept to one process, for two at a time starve each other, and get a second try, which the report tells."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -62,6 +63,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         is_alike = item.path.stem in _MANY_ALIKE and _FURTHER.search(item.name)
         if is_alike or any(words in item.name for words in _ELABORATE.get(item.path.stem, ())):
             item.add_marker(pytest.mark.exhaustive)
+        in_browser = item.path.stem.startswith("test_ui_")
+        item.add_marker(pytest.mark.xdist_group("browser" if in_browser else item.path.stem))
+        if in_browser:
+            item.add_marker(pytest.mark.flaky(reruns=1))
 
 
 def draw_picture(number: int, size: tuple[int, int]) -> Image.Image:
