@@ -165,7 +165,7 @@ PATHS = [
     *("/gradio_api/runs", "/monitoring", "/monitoring/x", "/login", "/logout", "/config"),
     *("/gradio_api/custom_component/x/y/z/w", "/static/../../x", "/assets/..%2f..%2fx", "/svelte/%2e%2e/%2e%2e/x"),
     *("/theme.css", "/manifest.json", "/pwa_icon/0", "/pwa_icon/-1", "/pwa_icon/99999999", "/gradio_api/app_id"),
-    *("/nothing", "/docs", "/openapi.json", "/gradio_api/token", "/gradio_api/deep_link"),
+    *("/captions", "/nothing", "/docs", "/openapi.json", "/gradio_api/token", "/gradio_api/deep_link"),
     *("/gradio_api/startup-events", "/gradio_api"),
     *(
         f"/pictures/r/{name}"
@@ -213,6 +213,14 @@ HEADERS = [
 )
 def test_routes_take_anything(site: Site, method: str, path: str, body: bytes | None, sent: dict[str, str]):
     status, _, text = asked(site, method, path, body, {**sent, "Connection": "close"})
+    require_discreet(site, status, text)
+
+
+@often
+@given(given=st.fixed_dictionaries({key: st.sampled_from(HOSTILE) for key in ("folder", "name", "text", "shown")}))
+def test_a_caption_of_anything_is_answered(site: Site, given: dict[str, Any]):
+    status, _, text = asked(site, "POST", "/captions", json.dumps(given).encode(), {"Content-Type": "application/json"})
+    assert status in (200, 400, 422)
     require_discreet(site, status, text)
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from lorasmith.datasets.listing import Memory, list_images
 from lorasmith.datasets.uploads import UPLOADS
 from lorasmith.trainer.errors import UserError
 from lorasmith.ui.context import Context
-from lorasmith.ui.images import captions, cards
+from lorasmith.ui.images import captions
 from lorasmith.ui.images.captioning import Captioning, is_here, whereabouts
 from lorasmith.ui.images.cards import PER_PAGE, View, chosen, page_of
 from lorasmith.ui.images.checkups import Checkup, Checkups, Question
 from lorasmith.ui.images.facts import bucket_table, suggested_trigger, summary, trigger_check
 from lorasmith.ui.images.findings import groups_of, html_of, mended_copy, remove, show_only, troubled, verdict
 from lorasmith.ui.images.page import Images
+from lorasmith.ui.images.saving import Answer, Left, save
 from lorasmith.ui.images.visit import FILE, Visit
 
 from .browser import SECONDS, Site, wait_until
@@ -331,25 +333,45 @@ def test_pages_hold_24(count: int, page: int, expected: tuple[int, int, int]):
     assert PER_PAGE == 24
 
 
-def test_a_caption_is_saved_and_said_so(folder: Path):
-    said, box, on_disk = cards.save(str(folder), "1.png", " a new  one", "thing 1, ink")
-    assert "Saved" in said
-    assert (box, on_disk) == (gr.skip(), "a new one")
+@pytest.fixture
+def leave(folder: Path, tmp_path: Path):
+    """A function that leaves the box of an image, and gives what its card makes of the answer."""
+    context = Context.of(tmp_path / "runs")
+
+    def left(name: str, text: str, shown: str) -> Answer:
+        return save(context, Left(folder=str(folder), name=name, text=text, shown=shown))
+
+    yield left
+    context.planner.close()
+
+
+def test_a_caption_is_saved_and_said_so(folder: Path, leave: Callable[..., Answer]):
+    answer = leave("1.png", " a new  one", "thing 1, ink")
+    assert "Saved" in answer.said
+    assert (answer.text, answer.shown) == (None, "a new one")
     assert (folder / "1.txt").read_text() == "a new one\n"
-    assert cards.save(str(folder), "1.png", "a new one", "a new one") == [gr.skip()] * 3
+    assert leave("1.png", "a new one", "a new one") == Answer(shown="a new one")
 
 
-def test_a_caption_that_was_changed_elsewhere_is_shown_and_nothing_is_lost(folder: Path):
+def test_a_caption_that_was_changed_elsewhere_is_shown_and_nothing_is_lost(folder: Path, leave: Callable[..., Answer]):
     (folder / "1.txt").write_text("theirs")
-    said, box, on_disk = cards.save(str(folder), "1.png", "<i>mine</i>", "thing 1, ink")
-    assert "&lt;i&gt;mine&lt;/i&gt;" in said
-    assert (box, on_disk) == ("theirs", "theirs")
+    answer = leave("1.png", "<i>mine</i>", "thing 1, ink")
+    assert "&lt;i&gt;mine&lt;/i&gt;" in answer.said
+    assert (answer.text, answer.shown) == ("theirs", "theirs")
     assert (folder / "1.txt").read_text() == "theirs"
 
 
-def test_an_image_that_is_gone_is_told_on_its_card(folder: Path):
+def test_an_image_that_is_gone_is_told_on_its_card(folder: Path, leave: Callable[..., Answer]):
     (folder / "1.png").unlink()
-    assert "no longer" in cards.save(str(folder), "1.png", "new", "thing 1, ink")[0]
+    assert "no longer" in leave("1.png", "new", "thing 1, ink").said
+
+
+def test_a_folder_that_the_page_may_not_read_takes_no_caption(folder: Path, tmp_path: Path):
+    context = Context.of(tmp_path / "runs", (tmp_path / "allowed",))
+    answer = save(context, Left(folder=str(folder), name="1.png", text="new", shown="thing 1, ink"))
+    context.planner.close()
+    assert "lies outside" in answer.said
+    assert (folder / "1.txt").read_text() == "thing 1, ink\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

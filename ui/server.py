@@ -1,4 +1,4 @@
-"""The web server: who may come in, and which files are served: pictures and exports, and nothing else.
+"""The web server: who may come in, which files are served, pictures and exports and nothing else, and captions taken.
 
 Gradio would serve every file that a handler returns, and whole folders with all that is in them; so pages show pictures
 by the addresses of `urls.py`, and this module answers them after a look at each.
@@ -36,8 +36,9 @@ from ..trainer.painting.orders import drawn_folder
 from .api import NAMES
 from .app import build
 from .context import Context, is_file
+from .images.saving import Answer, Left, save
 from .theme import ASSETS, theme
-from .urls import DRAWN, EXPORTS, PICTURES, THUMBNAILS
+from .urls import CAPTIONS, DRAWN, EXPORTS, PICTURES, THUMBNAILS
 
 LARGEST_UPLOAD = "2gb"
 """Of one file; a folder of images as one zip is seldom as large."""
@@ -132,6 +133,8 @@ def application(context: Context, door: Door) -> FastAPI:
     os.environ["GRADIO_TEMP_DIR"] = str(user_cache() / "uploads")
     app = FastAPI(title="Lorasmith", docs_url=None, redoc_url=None, openapi_url=None)
     _serve_files(app, context)
+    _take_captions(app, context)
+    app.add_exception_handler(RequestValidationError, _not_understood)
     gr.mount_gradio_app(
         app,
         build(context),
@@ -225,6 +228,12 @@ def _with_policy(message: Message) -> Message:
         headers["X-Content-Type-Options"] = "nosniff"
         headers["Referrer-Policy"] = "no-referrer"
     return message
+
+
+def _take_captions(app: FastAPI, context: Context) -> None:
+    @app.post(CAPTIONS)
+    def caption(left: Left) -> Answer:
+        return save(context, left)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from urllib.parse import quote
 from ..trainer.jobs import RunFolder
 
 PICTURES, THUMBNAILS, EXPORTS, DRAWN = "/pictures", "/thumbnails", "/exports", "/drawn"
+CAPTIONS = "/captions"
+"""Where a card sends its caption (`assets/cards.js`)."""
 
 
 def picture_url(run: RunFolder, file: Path) -> str:

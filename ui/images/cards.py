@@ -1,4 +1,8 @@
-"""The images of a folder as cards, a page at a time: thumbnail, size, and the caption in a box that saves itself."""
+"""The images of a folder as cards, a page at a time: thumbnail, size, and the caption in a box that saves itself.
+
+All cards of a page are one component, for Gradio takes half a second to make a hundred; `assets/cards.js` keeps those
+that are there already, and sends what was written to `saving.py`.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,19 @@ from typing import Any, Literal
 
 import gradio as gr
 
-from ...datasets.editing import ChangedMeanwhileError, Elsewhere, place_of, save_caption, sharers, text_of
+from ...datasets.editing import Elsewhere, place_of, sharers, text_of
 from ...datasets.listing import Listed, Listing, list_images
 from ...datasets.removal import remove_images
 from ...datasets.thumbnails import size_of, thumbnails_of
 from ...trainer.errors import LorasmithError
-from ..context import IN_TURN, QUIETLY, told
+from ..context import FOLLOWING, QUIETLY, told
 from ..html import esc, notice, picture, problems
+from ..theme import ASSETS
 from ..urls import thumbnail_url
 
 PER_PAGE = 24
+_LONGEST = 20_000
+"""Characters of a caption; a model reads a few hundred at most."""
 Show = Literal["All", "With problems", "No caption"]
 SHOWN: tuple[Show, ...] = ("All", "With problems", "No caption")
 
@@ -74,108 +81,115 @@ def page_of(images: list[Listed], page: int) -> tuple[list[Listed], int, int]:
     return images[page * PER_PAGE : (page + 1) * PER_PAGE], page, pages
 
 
-def save(folder: str, name: str, text: str, shown: str) -> list[Any]:
-    """What a card says, its box, and what stands on the disk; of a caption that was left by the cursor."""
+class Cards:
+    """Components: the line that tells what is shown, the cards, and what turns the page, above and below them."""
+
+    def __init__(self) -> None:
+        with gr.Row(equal_height=True):
+            self.line = gr.HTML(padding=False)
+            self.everything = gr.Button("Show all images again", size="sm", scale=0, min_width=180, visible=False)
+        above = Pager()
+        self.grid = gr.HTML(
+            [],
+            html_template='<div class="cards"></div>',
+            js_on_load=(ASSETS / "cards.js").read_text(encoding="utf-8"),
+            padding=False,
+        )
+        self.pagers = (above, Pager())
+        self.page = gr.State(0)
+        """The page that is shown, which may be before the one that was asked for."""
+
+    def listen(self, view: gr.State, done: gr.HTML) -> None:
+        """Follow a view; what was removed is told in `done`."""
+        pagers = [part for pager in self.pagers for part in pager.parts]
+        view.change(_shown, view, [self.line, self.everything, self.grid, self.page, *pagers], **FOLLOWING)
+        self.everything.click(lambda seen: seen.of(), view, view, **QUIETLY)
+        self.grid.discard(_remove, view, [view, done], **QUIETLY)
+        for pager in self.pagers:
+            for button, by in ((pager.previous, -1), (pager.next, 1)):
+                button.click(partial(_turn, by), [view, self.page], view, **QUIETLY)
+
+
+class Pager:
+    """Components that turn the page."""
+
+    def __init__(self) -> None:
+        with gr.Row(equal_height=True, visible=False) as self.row:
+            self.previous = gr.Button("Previous page", size="sm", min_width=120)
+            self.next = gr.Button("Next page", size="sm", min_width=120)
+            self.where = gr.HTML(padding=False)
+
+    @property
+    def parts(self) -> list[Any]:
+        """In the order in which `_turned` tells of them."""
+        return [self.row, self.previous, self.next, self.where]
+
+
+def _shown(seen: View) -> list[Any]:
+    """What all components show of a view."""
     try:
-        written = save_caption(Path(folder), name, shown, text)
-    except ChangedMeanwhileError as error:
-        what = f"It was changed elsewhere meanwhile, so yours was not saved. You wrote: {text.strip()}"
-        return [notice(what, "The box shows what stands there now.", "warning"), error.now, error.now]
+        listing = list_images(Path(seen.folder)) if seen.folder else None
     except LorasmithError as error:
-        return [problems(error), gr.skip(), gr.skip()]
-    except OSError as error:
-        what = f"It could not be saved ({error.strerror or error})"
-        fix = "Look at the room and the permissions there, then leave the box again."
-        return [notice(what, fix), gr.skip(), gr.skip()]
-    if not written:
-        return [gr.skip()] * 3
-    listing = list_images(Path(folder))
-    image = listing.image(name)
-    return ['<span class="saved">✓ Saved</span>', gr.skip(), text_of(listing, image) if image else text]
+        return [problems(error), gr.update(visible=False), [], 0, *_turned(0, 1) * 2]
+    if listing is None:
+        return ["", gr.update(visible=False), [], 0, *_turned(0, 1) * 2]
+    images = chosen(listing, seen)
+    on_page, page, pages = page_of(images, seen.page)
+    faces = zip(on_page, thumbnails_of([image.path for image in on_page]), strict=True)
+    cards = [_card(listing, image, thumbnail, seen) for image, thumbnail in faces]
+    if following := [image.path for image in images[(page + 1) * PER_PAGE : (page + 2) * PER_PAGE]]:
+        Thread(target=thumbnails_of, args=(following,), daemon=True).start()  # ready when the page is turned
+    return [_line(images, page, pages), gr.update(visible=bool(seen.only)), cards, page, *_turned(page, pages) * 2]
 
 
-def show_cards(view: gr.State, done: gr.HTML) -> None:
-    """The cards of a view; what was removed is told in `done`."""
-
-    @gr.render(view, **IN_TURN)
-    def cards(seen: View) -> None:
-        if not seen.folder:
-            return
-        try:
-            listing = list_images(Path(seen.folder))
-        except LorasmithError as error:
-            gr.HTML(problems(error))
-            return
-        images = chosen(listing, seen)
-        on_page, page, pages = page_of(images, seen.page)
-        _line(seen, images, page, pages, view)
-        with gr.Row(elem_classes="cards"):
-            for image, thumbnail in zip(on_page, thumbnails_of([image.path for image in on_page]), strict=True):
-                _card(listing, image, thumbnail, seen, view, done)
-        if pages > 1:
-            _pager(page, pages, view)
-        if following := [image.path for image in images[(page + 1) * PER_PAGE : (page + 2) * PER_PAGE]]:
-            Thread(target=thumbnails_of, args=(following,), daemon=True).start()  # ready when the page is turned
-
-
-def _line(seen: View, images: list[Listed], page: int, pages: int, view: gr.State) -> None:
+def _line(images: list[Listed], page: int, pages: int) -> str:
     """What is shown, where it is not all."""
     first = page * PER_PAGE
     range_ = f"{first + 1} to {min(first + PER_PAGE, len(images))} of " if pages > 1 else ""
     what = f"Shown: {range_}{len(images)} image{'' if len(images) == 1 else 's'}."
     if not images:
         what = "No image is like that. Choose All, or empty the box."
-    with gr.Row(equal_height=True):
-        gr.HTML(f'<p class="quiet">{esc(what)}</p>', padding=False)
-        if seen.only:
-            everything = gr.Button("Show all images again", size="sm", scale=0, min_width=180)
-            everything.click(lambda now: now.of(), view, view, **QUIETLY)
-    if pages > 1:
-        _pager(page, pages, view)
+    return f'<p class="quiet">{esc(what)}</p>'
 
 
-def _pager(page: int, pages: int, view: gr.State) -> None:
-    with gr.Row(equal_height=True):
-        for label, to, possible in (
-            ("Previous page", page - 1, page > 0),
-            ("Next page", page + 1, page + 1 < pages),
-        ):
-            button = gr.Button(label, size="sm", interactive=possible, min_width=120)
-            button.click(partial(_turn, to), view, view, **QUIETLY)
-        gr.HTML(f'<p class="quiet">Page {page + 1} of {pages}</p>', padding=False)
+def _turned(page: int, pages: int) -> list[Any]:
+    """What a pager shows."""
+    where = f'<p class="quiet">Page {page + 1} of {pages}</p>'
+    buttons = [gr.update(interactive=page > 0), gr.update(interactive=page + 1 < pages)]
+    return [gr.update(visible=pages > 1), *buttons, where]
 
 
-def _turn(page: int, seen: View) -> View:
-    return replace(seen, page=page)
-
-
-def _card(listing: Listing, image: Listed, thumbnail: Path | None, seen: View, view: gr.State, done: gr.HTML) -> None:
-    place, text = place_of(listing, image), text_of(listing, image)
-    locked = isinstance(place, Elsewhere)
-    key = hashlib.sha256(f"{seen.folder}\n{image.name}\n{text}\n{seen.version}".encode()).hexdigest()[:16]
-    with gr.Column(min_width=220, elem_classes="card"):
-        gr.HTML(_face(listing, image, thumbnail), padding=False)
-        box = gr.Textbox(
-            text,
-            label=f"Caption of {image.name}",
-            info=place.why if locked else None,
-            lines=2,
-            max_lines=8,
-            interactive=not locked,
-            key=f"box {key}",
-        )
-        on_disk = gr.State(text)
-        said = gr.HTML(elem_classes="said", padding=False)
-        remove = gr.Button(f"Remove {image.path.name}", size="sm", key=f"remove {key}")
-    if not locked:
-        box.blur(partial(save, seen.folder, image.name), [box, on_disk], [said, box, on_disk], **QUIETLY)
-    remove.click(partial(_remove, seen.folder, image.name), view, [view, done], **QUIETLY)
+def _turn(by: int, seen: View, page: int) -> View:
+    return replace(seen, page=page + by)
 
 
 @told
-def _remove(folder: str, name: str, seen: View) -> tuple[View, str]:
-    remove_images(Path(folder), [name])
+def _remove(seen: View, event: gr.EventData) -> tuple[View, str]:
+    name = str(event.name)
+    remove_images(Path(seen.folder), [name])
     return seen.anew, notice(f"{name} was removed", "Undo brings it back.", "note")
+
+
+def _card(listing: Listing, image: Listed, thumbnail: Path | None, seen: View) -> dict[str, str]:
+    """One card for `cards.js`; its key changes with all that it shows, so that it is made anew."""
+    place, text = place_of(listing, image), text_of(listing, image)
+    locked, box = isinstance(place, Elsewhere), f"caption-{_hash(image.name)}"
+    why = f'<p class="quiet">{esc(place.why)}</p>' if isinstance(place, Elsewhere) else ""
+    inside = (
+        f"{_face(listing, image, thumbnail)}"
+        f'<label for="{box}">Caption of {esc(image.name)}</label>{why}'
+        f'<textarea id="{box}" rows="2" maxlength="{_LONGEST}"{" readonly" if locked else ""}>\n{esc(text)}</textarea>'
+        f'<div class="said" role="status"></div>'
+        f'<button type="button" class="remove">Remove {esc(image.path.name)}</button>'
+    )
+    key = _hash(f"{inside}\n{seen.version}")
+    names = f'data-folder="{esc(seen.folder)}" data-name="{esc(image.name)}" data-key="{key}"'
+    card = f'<article class="card" {names}>{inside}</article>'
+    return {"folder": seen.folder, "name": image.name, "key": key, "html": card}
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _face(listing: Listing, image: Listed, thumbnail: Path | None) -> str:

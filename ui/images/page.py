@@ -17,7 +17,7 @@ from ..html import esc, notice, problems
 from ..pacing import Clock
 from .captioning import Captioning, captioning_panel
 from .captions import captions_panel, take_back, undo_label
-from .cards import SHOWN, View, show_cards
+from .cards import SHOWN, Cards, View
 from .checkups import Checkup, Checkups, Question
 from .facts import EXAMPLE_SIDE, SIDES, bucket_table, many, suggested_trigger, summary, trigger_check
 from .findings import Wires, findings_shown, troubled
@@ -114,7 +114,7 @@ class Images:
             self.show = gr.Radio(list(SHOWN), value="All", label="Show", interactive=True)
             self.contains = gr.Textbox(label="Whose caption or name contains", interactive=True)
             self.refresh = gr.Button("Read the folder again", size="sm", scale=0, min_width=160)
-        show_cards(self.view, self.done)
+        self.cards = Cards()
         with problems_go_here:
             gr.Markdown("## Problems")
             self._render_findings()
@@ -139,6 +139,7 @@ class Images:
 
     def listen(self, clock: Clock) -> None:
         used = self._used_parts()
+        self.cards.listen(self.view, self.done)
         gr.on([self.folder.submit, self.folder.blur], self.use, self._asked_of_use(), used, **QUIETLY)
         self.example.click(self.use_example, self.trigger, [*used, self.resolution], **QUIETLY)
         self.upload.upload(self.take, [self.upload, self.in_use, self.trigger], [*used, self.upload], **QUIETLY)
