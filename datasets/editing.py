@@ -219,14 +219,19 @@ def save_caption(folder: Path, name: str, shown: str, text: str) -> bool:
         ChangedMeanwhileError: if something else stands there now.
         DataError: if the image is gone, its caption stands where none is written, or the folder cannot be written.
     """
+    _image(list_images(folder), name)  # nothing is written beside what has no such image, not even a lock
     with alone(folder):  # several captions may be in one file
         return _save_caption(list_images(folder), name, shown, text)
 
 
+def _image(listing: Listing, name: str) -> Listed:
+    if image := listing.image(name):
+        return image
+    raise DataError("is there no longer", name, "It was removed, or renamed, meanwhile.")
+
+
 def _save_caption(listing: Listing, name: str, shown: str, text: str) -> bool:
-    image = listing.image(name)
-    if image is None:
-        raise DataError("is there no longer", name, "It was removed, or renamed, meanwhile.")
+    image = _image(listing, name)
     now, new = text_of(listing, image), _lines(text)
     if new == now:
         return False

@@ -363,7 +363,9 @@ def test_a_caption_that_was_changed_elsewhere_is_shown_and_nothing_is_lost(folde
 
 def test_an_image_that_is_gone_is_told_on_its_card(folder: Path, leave: Callable[..., Answer]):
     (folder / "1.png").unlink()
+    before = set(folder.iterdir())
     assert "no longer" in leave("1.png", "new", "thing 1, ink").said
+    assert set(folder.iterdir()) == before
 
 
 def test_a_folder_that_the_page_may_not_read_takes_no_caption(folder: Path, tmp_path: Path):
