@@ -23,7 +23,7 @@ from lorasmith.trainer.errors import UserError
 from lorasmith.ui.context import Context
 from lorasmith.ui.images import captions
 from lorasmith.ui.images.captioning import Captioning, is_here, whereabouts
-from lorasmith.ui.images.cards import PER_PAGE, View, chosen, page_of
+from lorasmith.ui.images.cards import PER_PAGE, Place, View, chosen, page_of
 from lorasmith.ui.images.checkups import Checkup, Checkups, Question
 from lorasmith.ui.images.facts import bucket_table, suggested_trigger, summary, trigger_check
 from lorasmith.ui.images.findings import groups_of, html_of, mended_copy, remove, show_only, troubled, verdict
@@ -345,6 +345,14 @@ def leave(folder: Path, tmp_path: Path):
     context.planner.close()
 
 
+def test_the_page_stays_open_while_files_change_and_another_choice_begins_anew(folder: Path):
+    view = View(str(folder))
+    place = Place(view, 3)
+    assert place.in_view(view.anew) == 3
+    assert place.in_view(view.of(show="No caption")) == 0
+    assert place.in_view(View("elsewhere")) == 0
+
+
 def test_a_caption_is_saved_and_said_so(folder: Path, leave: Callable[..., Answer]):
     answer = leave("1.png", " a new  one", "thing 1, ink")
     assert "Saved" in answer.said
@@ -441,8 +449,8 @@ def test_a_model_that_cannot_be_used_is_told_with_its_log(folder: Path, tmp_path
 
 
 def test_cards_are_read_anew_when_a_model_has_ended(images: Images, folder: Path):
-    asked = (str(folder), str(folder), "trg", "Style", 512, View(str(folder), page=1))
-    assert images.news(*asked, {"is captioning": True})["view"] == View(str(folder), page=1, version=1)
+    asked = (str(folder), str(folder), "trg", "Style", 512, View(str(folder)))
+    assert images.news(*asked, {"is captioning": True})["view"] == View(str(folder), version=1)
     assert "view" not in images.news(*asked, {"is captioning": False})
 
 

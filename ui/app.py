@@ -10,7 +10,7 @@ from ..trainer.errors import first_line
 from ..trainer.jobs import RunFolder, find_runs
 from .api import NAMES, add_endpoints
 from .compare.page import compare_page
-from .context import FOLLOWING, QUIETLY, Context
+from .context import NEVER_WAITING, QUIETLY, Context
 from .device import device_line
 from .html import chip, esc
 from .images.page import images_page
@@ -83,7 +83,7 @@ def _header(blocks: gr.Blocks, context: Context) -> None:
 
     blocks.load(opened, None, shown, **QUIETLY)
     events, asked = [timer.tick, context.picked.change], [timer, context.picked, seen]
-    gr.on(events, looked, asked, [*shown, timer], **FOLLOWING)
+    gr.on(events, looked, asked, [*shown, timer], **NEVER_WAITING)
 
 
 def look(context: Context, name: str | None, before: Any) -> list[Any]:

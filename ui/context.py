@@ -33,10 +33,13 @@ QUIETLY: dict[str, Any] = {
 """How the pages listen: `api.py` alone names endpoints, and what takes long says so in words."""
 
 
-FOLLOWING: dict[str, Any] = QUIETLY | {"trigger_mode": "multiple", "concurrency_limit": 1}
-"""Likewise; what comes while an earlier event is still worked on is not lost, and is answered after it, so that what is
-shown last is what was seen last. The browser does not wait before it asks again: on a busy computer Gradio's side there
-can miss an answer, and would wait for it for ever."""
+FOLLOWING: dict[str, Any] = QUIETLY | {"trigger_mode": "always_last"}
+"""Likewise; of what comes while an earlier event is still worked on, the last is not lost, and is answered after it."""
+
+NEVER_WAITING: dict[str, Any] = QUIETLY | {"trigger_mode": "multiple", "concurrency_limit": 1}
+"""For the one clock that always ticks. Gradio closes the line for answers when none is due; an event that the browser
+sends in that moment has its answer wait for the next event of the page, which with all others waiting for theirs would
+never come. This one does not wait, and so brings them."""
 
 IN_TURN: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "render"}
 """For `gr.render`: all that are made anew share tables in Gradio, of a page and of all, which only one may change at a

@@ -45,7 +45,6 @@ class View:
     """The images that a finding is about; empty: all."""
     troubled: frozenset[str] = frozenset()
     """The images that have problems, as of the newest examination when the filter was set."""
-    page: int = 0
     version: int = 0
     """Counted up when files were changed by anything but the cards themselves."""
 
@@ -54,8 +53,20 @@ class View:
         return replace(self, version=self.version + 1)
 
     def of(self, **filters: Any) -> View:
-        """Another choice of cards, from its first page on."""
-        return replace(self, **{"only": (), "page": 0, **filters})
+        """Another choice of cards."""
+        return replace(self, **{"only": (), **filters})
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which page is open, of which view."""
+
+    view: View = View()
+    page: int = 0
+
+    def in_view(self, view: View) -> int:
+        """The page to show of a view: the same where only files have changed, else the first."""
+        return self.page if replace(view, version=0) == replace(self.view, version=0) else 0
 
 
 def chosen(listing: Listing, view: View) -> list[Listed]:
@@ -96,18 +107,18 @@ class Cards:
             padding=False,
         )
         self.pagers = (above, Pager())
-        self.page = gr.State(0)
-        """The page that is shown, which may be before the one that was asked for."""
+        self.place = gr.State(Place())
 
     def listen(self, view: gr.State, done: gr.HTML) -> None:
         """Follow a view; what was removed is told in `done`."""
-        pagers = [part for pager in self.pagers for part in pager.parts]
-        view.change(_shown, view, [self.line, self.everything, self.grid, self.page, *pagers], **FOLLOWING)
-        self.everything.click(lambda seen: seen.of(), view, view, **QUIETLY)
+        shown: list[Any] = [self.line, self.everything, self.grid, self.place]
+        shown += [part for pager in self.pagers for part in pager.parts]
+        view.change(_shown, [view, self.place], shown, **FOLLOWING)
+        self.everything.click(lambda now: now.of(), view, view, **QUIETLY)
         self.grid.discard(_remove, view, [view, done], **QUIETLY)
         for pager in self.pagers:
             for button, by in ((pager.previous, -1), (pager.next, 1)):
-                button.click(partial(_turn, by), [view, self.page], view, **QUIETLY)
+                button.click(partial(_shown, by=by), [view, self.place], shown, **QUIETLY)
 
 
 class Pager:
@@ -125,21 +136,27 @@ class Pager:
         return [self.row, self.previous, self.next, self.where]
 
 
-def _shown(seen: View) -> list[Any]:
-    """What all components show of a view."""
+def _shown(view: View, place: Place, by: int = 0) -> list[Any]:
+    """What all components show of a view, turned by so many pages."""
     try:
-        listing = list_images(Path(seen.folder)) if seen.folder else None
+        listing = list_images(Path(view.folder)) if view.folder else None
     except LorasmithError as error:
-        return [problems(error), gr.update(visible=False), [], 0, *_turned(0, 1) * 2]
+        return [problems(error), *_nothing()]
     if listing is None:
-        return ["", gr.update(visible=False), [], 0, *_turned(0, 1) * 2]
-    images = chosen(listing, seen)
-    on_page, page, pages = page_of(images, seen.page)
+        return ["", *_nothing()]
+    images = chosen(listing, view)
+    on_page, page, pages = page_of(images, place.in_view(view) + by)
     faces = zip(on_page, thumbnails_of([image.path for image in on_page]), strict=True)
-    cards = [_card(listing, image, thumbnail, seen) for image, thumbnail in faces]
+    cards = [_card(listing, image, thumbnail, view) for image, thumbnail in faces]
     if following := [image.path for image in images[(page + 1) * PER_PAGE : (page + 2) * PER_PAGE]]:
         Thread(target=thumbnails_of, args=(following,), daemon=True).start()  # ready when the page is turned
-    return [_line(images, page, pages), gr.update(visible=bool(seen.only)), cards, page, *_turned(page, pages) * 2]
+    everything = gr.update(visible=bool(view.only))
+    return [_line(images, page, pages), everything, cards, Place(view, page), *_turned(page, pages) * 2]
+
+
+def _nothing() -> list[Any]:
+    """What all components but the line show where there are no cards."""
+    return [gr.update(visible=False), [], Place(), *_turned(0, 1) * 2]
 
 
 def _line(images: list[Listed], page: int, pages: int) -> str:
@@ -159,18 +176,14 @@ def _turned(page: int, pages: int) -> list[Any]:
     return [gr.update(visible=pages > 1), *buttons, where]
 
 
-def _turn(by: int, seen: View, page: int) -> View:
-    return replace(seen, page=page + by)
-
-
 @told
-def _remove(seen: View, event: gr.EventData) -> tuple[View, str]:
+def _remove(view: View, event: gr.EventData) -> tuple[View, str]:
     name = str(event.name)
-    remove_images(Path(seen.folder), [name])
-    return seen.anew, notice(f"{name} was removed", "Undo brings it back.", "note")
+    remove_images(Path(view.folder), [name])
+    return view.anew, notice(f"{name} was removed", "Undo brings it back.", "note")
 
 
-def _card(listing: Listing, image: Listed, thumbnail: Path | None, seen: View) -> dict[str, str]:
+def _card(listing: Listing, image: Listed, thumbnail: Path | None, view: View) -> dict[str, str]:
     """One card for `cards.js`; its key changes with all that it shows, so that it is made anew."""
     place, text = place_of(listing, image), text_of(listing, image)
     locked, box = isinstance(place, Elsewhere), f"caption-{_hash(image.name)}"
@@ -182,10 +195,10 @@ def _card(listing: Listing, image: Listed, thumbnail: Path | None, seen: View) -
         f'<div class="said" role="status"></div>'
         f'<button type="button" class="remove">Remove {esc(image.path.name)}</button>'
     )
-    key = _hash(f"{inside}\n{seen.version}")
-    names = f'data-folder="{esc(seen.folder)}" data-name="{esc(image.name)}" data-key="{key}"'
+    key = _hash(f"{inside}\n{view.version}")
+    names = f'data-folder="{esc(view.folder)}" data-name="{esc(image.name)}" data-key="{key}"'
     card = f'<article class="card" {names}>{inside}</article>'
-    return {"folder": seen.folder, "name": image.name, "key": key, "html": card}
+    return {"folder": view.folder, "name": image.name, "key": key, "html": card}
 
 
 def _hash(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,7 @@ class Images:
         if show == "With problems" and folder:
             wanted["troubled"] = troubled(self._checkup(folder, trigger, resolution).examination)
         new = view.of(**wanted)
-        return view if new == replace(view, page=0) else new
+        return view if new == view else new
 
     @as_news
     def look(self, folder: str, trigger: str, teaching: str, resolution: int) -> Any:

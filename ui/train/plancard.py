@@ -62,7 +62,7 @@ class Foreseen:
     def card(self) -> str:
         lines = "".join(f"<p>{esc(line)}</p>" for line in [self.what, self.length, self.time, self.room, self.memory])
         looks = "".join(notice(warning, kind="warning") for warning in self.planned.warnings)
-        return f'<div class="plan">{lines}</div>{looks}'
+        return f'<div class="plan">{lines}{self.techniques}</div>{looks}'
 
     @property
     def what(self) -> str:
@@ -107,6 +107,15 @@ class Foreseen:
     @property
     def memory(self) -> str:
         return f"If the memory is full, {self.planned.facts['if_memory_is_full']}."
+
+    @property
+    def techniques(self) -> str:
+        """What makes it fast and lean here, and what is off, each with its reason."""
+        found = self.planned.facts["techniques"]
+        on = ", ".join(one["name"] for one in found if one["on"])
+        reasons = (f"{one['name']}{'' if one['on'] else ' (off)'}: {one['why']}" for one in found)
+        told = "".join(f"<li>{esc(reason)}</li>" for reason in reasons)
+        return f"<details><summary>Saves time and memory by: {esc(on)}.</summary><ul>{told}</ul></details>"
 
     def choices(self, values: Values) -> list[tuple[str, str]]:
         """The qualities, with the steps of each, and the time where it is known."""
