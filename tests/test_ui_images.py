@@ -510,6 +510,13 @@ def test_a_caption_saves_itself_and_bulk_changes_are_undone(site: Site, page: Pa
     assert {file.name: file.read_bytes() for file in site.images.glob("*.txt")} == before
 
 
+def test_what_is_being_written_outlives_a_reload(site: Site, page: Page):
+    open_images(page, site, site.images)
+    caption_of(page, "star.png").fill("half a thou")
+    page.reload()
+    wait_until(lambda: (site.images / "star.txt").read_text() == "half a thou\n", "the caption is written")
+
+
 def test_problems_are_named_and_mended(site: Site, page: Page):
     (site.images / "broken.png").write_bytes(b"")
     (site.images / "lost.txt").write_text("of no image")
