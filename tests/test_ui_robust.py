@@ -10,6 +10,9 @@ import psutil
 from gradio_client import Client
 from playwright.sync_api import Browser, Page, expect
 
+from lorasmith.trainer.config import RunConfig
+from lorasmith.trainer.configfile import write_config
+
 from .browser import SECONDS, Site, open_tab, wait_until, watched_page
 
 _LONG = ["budget.images=4000", "budget.batch=2", "save.every=5", "sample.every=0", "adapter.rank=2", "adapter.alpha=2"]
@@ -50,6 +53,21 @@ def test_reloads_other_tabs_and_a_killed_server_leave_the_run_alone(
         assert step_on(other) >= first
     before = step_on(page)
     wait_until(lambda: step_on(page) > before, "the page goes on by itself")
+
+
+def test_a_browser_with_more_tabs_than_lines_follows_in_all_of_them(site: Site, chromium: Browser):
+    with chromium.new_context() as browser:
+        browser.set_default_timeout(SECONDS * 1000)
+        tabs = [browser.new_page() for _ in range(7)]
+        for tab in tabs:
+            tab.goto(site.url)
+            expect(tab.get_by_text("There are no runs yet.")).to_be_visible()
+        run = site.run("late")
+        run.path.mkdir()
+        write_config(RunConfig.model_validate({"name": "late", "data": [{"path": str(site.images)}]}), run.config)
+        for tab in tabs:
+            tab.bring_to_front()
+            expect(tab.get_by_text("There are no runs yet.")).to_be_hidden()
 
 
 def test_a_run_outlives_the_server_and_is_found_again(site: Site, chromium: Browser, tmp_path):

@@ -24,6 +24,10 @@ costs a tenth of a processor as long as the server runs."""
 PAGES = {"images": "1 Images", "train": "2 Train", "compare": "3 Compare", "share": "4 Share"}
 
 
+_SESSIONS = 100
+"""Open tabs whose state is kept; the one that was silent longest goes first."""
+
+
 class Page(gr.Blocks):
     """Gradio's, but that a call without enough arguments is no accident of the server's."""
 
@@ -57,6 +61,7 @@ def build(context: Context) -> gr.Blocks:
         listener.show_progress_on = []  # for each place of a spinner the browser walks over the page at every event
         if listener.api_name not in NAMES:  # also Gradio's own, which fill a box when a page is opened
             listener.api_visibility = "private"
+    blocks.state_session_capacity = _SESSIONS
     blocks.queue(default_concurrency_limit=8)
     blocks._queue.sleep_when_free = blocks._queue.progress_update_sleep_when_free = _SECONDS_BETWEEN_EVENTS
     context.queue.ensure_worker()

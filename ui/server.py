@@ -45,6 +45,9 @@ LARGEST_UPLOAD = "2gb"
 LARGEST_BODY = 16 * 2**20
 """Bytes of any other request; the largest of a page, thousands of captions, has one of them."""
 _UPLOAD = "/gradio_api/upload"
+_HEARTBEAT = "/gradio_api/heartbeat/"
+"""Each tab would keep it open as long as it lives. A browser has six lines for all its tabs, and the seventh tab would
+never come up; so browsers, which say how they fetch, get an answer that ends at once."""
 _CLOSED = re.compile(
     rf"(/gradio_api)?/(call/(?!({'|'.join(NAMES)})/?($|/))|run|api/|proxy=|stream|vibe-|undo-vibe|process_recording|dev/"
     r"|monitoring|profiling|component_server|custom_component|deep_link|token|log(in|out)(/|$)|openapi)"
@@ -179,6 +182,8 @@ class Guard:
             await WebSocketClose()(scope, receive, send)
         elif refusal := self._refusal(scope):
             await refusal(scope, receive, send)
+        elif scope["path"].startswith(_HEARTBEAT) and "sec-fetch-mode" in Headers(scope=scope):
+            await PlainTextResponse("data: ALIVE\n\n", media_type="text/event-stream")(scope, receive, send)
         else:
             await self._answer(scope, receive, send)
 
