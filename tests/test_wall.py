@@ -174,15 +174,15 @@ def test_a_sheet_is_written_as_a_png(run: RunFolder, tmp_path: Path):
 def test_compare_draws_a_wall_and_tells_its_cells(short_run, tmp_path: Path):
     settings = {"save": {"every": 2}, "sample": {"every": 9, "prompts": ["emoji of owl"], "steps": 1}}
     run = trained_run(short_run(**settings)).run
-    first = lorasmith(tmp_path, "compare", run.path, "--steps", "2,4", "--strengths", "0,1", "--seed", 3)
+    cells = ["--steps", "2,4", "--strengths", "0,1", "--seed", 3, "--no-scores"]
+    first = lorasmith(tmp_path, "compare", run.path, *cells)
     wall = Path(first.stdout.strip())
     assert wall.parent == run.path / "compare"
     assert "drawing 3/3" in first.stderr
     drawn = {file: file.stat().st_mtime_ns for file in wall.parent.iterdir() if file != wall}
     assert len(drawn) == 3
 
-    arguments = ["compare", run.path, "--steps", "2,4", "--strengths", "0,1", "--seed", 3, "--out", "own.png", "--json"]
-    again = lorasmith(tmp_path, *arguments)
+    again = lorasmith(tmp_path, "compare", run.path, *cells, "--out", "own.png", "--json")
     told = json.loads(again.stdout)
     assert again.stderr == ""
     assert told["wall"] == "own.png"

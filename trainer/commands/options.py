@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -59,6 +59,14 @@ BlockStrengths = Annotated[
     typer.Option("--block", metavar="PATH=NUMBER", help="That of one block, as unet.up_blocks.1=0.5; may be repeated."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+
+
+def numbers(text: str, kind: Callable[[str], Any], where: str) -> list[Any]:
+    """Those of a list with commas."""
+    try:
+        return [kind(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise UserError(f"{text!r} is no list of numbers", where, "Write them with commas, as in 300,400.") from None
 
 
 def print_lost(lost: Mapping[str, float]) -> None:

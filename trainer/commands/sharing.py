@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,6 +17,7 @@ from .options import (
     Rank,
     RunPath,
     Strength,
+    numbers,
     print_json,
     print_lost,
     progress_of,
@@ -82,52 +82,6 @@ def sample(
         typer.echo(folder / f"{number:02d}.png")
 
 
-def compare(
-    path: RunPath,
-    steps: Annotated[
-        str, typer.Option(help="The checkpoints, as in 300,400,500; five over the run if not given.")
-    ] = "",
-    strengths: Annotated[str, typer.Option(help="The strengths; 0 is the base alone.")] = "0,0.4,0.7,1,1.2",
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="What to draw; may be repeated. The first preview's if not given.")
-    ] = None,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(min=0, max=2**63 - 1, help="May be repeated; sample.seed if not given."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="The new .png file; in the run's compare/ if not given.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Draw a wall of checkpoints and strengths to choose from; what was drawn before is not drawn again."""
-    if out:
-        if out.suffix.lower() != ".png":
-            raise UserError("does not end in .png", f"--out {out}", "Add it: the wall is a PNG.")
-        refuse_taken(out, "--out")
-    from ..jobs import open_run
-    from ..painting.orders import files_of, write_order
-    from ..painting.sheet import order_sheet, save_sheet
-    from ..painting.wall import wall_order
-
-    run = open_run(path)
-    wanted, shares = _numbers(steps, int, "--steps"), _numbers(strengths, float, "--strengths")
-    order = wall_order(run, wanted, shares, prompt or [], seed or [])
-    write_order(order)  # which checks it
-    files = files_of(order, run.path.parent)
-    if missing := [file for file in files.values() if not file.is_file()]:
-        from ..painting.studio import Studio
-
-        with progress_of("drawing") as progress:
-            done = iter(range(1, len(missing) + 1))
-            Studio().draw(order, files, lambda: progress(next(done), len(missing)))
-    target = out or order.sheet()
-    save_sheet(order_sheet(order, run.name), target)
-    if as_json:
-        cells = [{**asdict(cell), "file": str(file)} for cell, file in files.items()]
-        print_json({"wall": str(target), "cells": cells})
-    else:
-        typer.echo(target)
-
-
 def paint(
     runs: Annotated[Path, typer.Argument(metavar="RUNS", help="The folder that holds run folders.")],
     idle: Annotated[float, typer.Option(min=0, help="Seconds without an order after which it ends.")] = 300.0,
@@ -157,7 +111,7 @@ def interpolate(
     from ..release import release
     from ..soups import interpolate_run
 
-    wanted, shares = _numbers(steps, int, "--steps"), _numbers(weights, float, "--weights")
+    wanted, shares = numbers(steps, int, "--steps"), numbers(weights, float, "--weights")
     with progress_of("averaging") as progress:
         mean = interpolate_run(path, wanted, shares, with_, rank, extrapolate, progress)
     folder = out or mean.trained.run.exports
@@ -250,14 +204,6 @@ def _say_what_was_written(files: Sequence[Path], lost: Mapping[str, float], as_j
         for client in report["clients"] if report["format"] == "kohya" else []:
             if client["reading"] != "same":
                 typer.echo(f"  {client['client']}: {client['reading']}. {client['why']}")
-
-
-def _numbers(text: str, kind: Callable[[str], Any], where: str) -> list[Any]:
-    """Those of a list with commas."""
-    try:
-        return [kind(part) for part in text.split(",")] if text else []
-    except ValueError:
-        raise UserError(f"{text!r} is no list of numbers", where, "Write them with commas, as in 300,400.") from None
 
 
 def _new_folder(parent: Path, name: str) -> Path:

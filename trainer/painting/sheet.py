@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -12,17 +12,34 @@ from ..files import atomic_file
 from .lettering import Font, drawable, font_for, wrapped
 from .orders import Cell, WallOrder
 
-_INK, _GREY, _GROUND, _EMPTY = "#1d1d1f", "#5f5f64", "#ffffff", "#e3e3e6"
+_INK, _GREY, _GROUND, _EMPTY, _GOOD = "#1d1d1f", "#5f5f64", "#ffffff", "#e3e3e6", "#1a7f37"
 _MARGIN, _GAP, _LINE = 16, 4, 1.35
-_TITLE, _TEXT, _LABEL = 24, 16, 15  # sizes of letters, in pixels
+_TITLE, _TEXT, _LABEL, _NOTE = 24, 16, 15, 13  # sizes of letters, in pixels
 _SIDES = 128, 512  # smallest and largest side of a picture on the sheet, in pixels
 _NARROWEST = 480  # a title needs some room
 
 
-def order_sheet(order: WallOrder, title: str) -> Image.Image:
+@dataclass(frozen=True)
+class Notes:
+    """What is said on a wall besides its names."""
+
+    about: str = ""
+    """Below the title."""
+    cells: Mapping[Cell, tuple[str, ...]] = field(default_factory=dict)
+    """Lines below a picture; each as many, or none."""
+    marked: tuple[int, float] | None = None
+    """A checkpoint and a strength that have a frame."""
+
+    @property
+    def lines(self) -> int:
+        return max(map(len, self.cells.values()), default=0)
+
+
+def order_sheet(order: WallOrder, title: str, notes: Notes | None = None) -> Image.Image:
     """The walls of all prompts and seeds of an order, one below the other."""
-    walls = [_wall(order, prompt, seed) for prompt in order.prompts for seed in order.seeds]
-    return _under_a_title(title, walls)
+    notes = notes or Notes()
+    walls = [_wall(order, prompt, seed, notes) for prompt in order.prompts for seed in order.seeds]
+    return _under_a_title(title, notes.about, walls)
 
 
 def save_sheet(sheet: Image.Image, file: Path) -> None:
@@ -58,20 +75,23 @@ class _Writing:
             pen.text(place, line, colour, font=self.font, anchor="ma" if centred else "la")
 
 
-def _under_a_title(title: str, walls: Sequence[Image.Image]) -> Image.Image:
+def _under_a_title(title: str, about: str, walls: Sequence[Image.Image]) -> Image.Image:
     width = max(wall.width for wall in walls)
     heading = _Writing.of(title, _TITLE, width - 2 * _MARGIN)
-    top = _MARGIN + heading.height
+    told = _Writing.of(about, _TEXT, width - 2 * _MARGIN)
+    top = _MARGIN + heading.height + (told.height + _MARGIN if about else 0)
     sheet = Image.new("RGB", (width, top + sum(wall.height for wall in walls)), _GROUND)
     heading.draw(ImageDraw.Draw(sheet), _MARGIN, _MARGIN, _INK)
+    told.draw(ImageDraw.Draw(sheet), _MARGIN, _MARGIN + heading.height, _INK)
     for wall in walls:
         sheet.paste(wall, (0, top))
         top += wall.height
     return sheet
 
 
-def _wall(order: WallOrder, prompt: str, seed: int) -> Image.Image:
+def _wall(order: WallOrder, prompt: str, seed: int, notes: Notes) -> Image.Image:
     side = _side(order, prompt, seed)
+    high = side + round(notes.lines * _NOTE * _LINE) + _GAP
     rows = [_Writing.of(f"step {step}", _LABEL, 2 * side) for step in order.steps]
     columns = [_Writing.of(_column(strength), _LABEL, side) for strength in order.strengths]
 
@@ -81,7 +101,7 @@ def _wall(order: WallOrder, prompt: str, seed: int) -> Image.Image:
     seeded = _Writing.of(f"seed {seed}", _LABEL, width - 2 * _MARGIN)
     head = _GAP + about.height + seeded.height + 2 * _GAP
     top = head + max(column.height for column in columns) + _GAP
-    wall = Image.new("RGB", (width, top + len(rows) * (side + _GAP) + _MARGIN), _GROUND)
+    wall = Image.new("RGB", (width, top + len(rows) * high + _MARGIN), _GROUND)
 
     pen = ImageDraw.Draw(wall)
     about.draw(pen, _MARGIN, _GAP, _INK)
@@ -89,13 +109,20 @@ def _wall(order: WallOrder, prompt: str, seed: int) -> Image.Image:
     for number, column in enumerate(columns):
         column.draw(pen, left + number * (side + _GAP) + side / 2, head, _INK, centred=True)
     for number, (step, row) in enumerate(zip(order.steps, rows, strict=True)):
-        y = top + number * (side + _GAP)
+        y = top + number * high
         row.draw(pen, _MARGIN, y + (side - row.height) / 2, _INK)
         for place, strength in enumerate(order.strengths):
             cell = Cell(step if strength else 0, float(strength), prompt, seed)
             x = left + place * (side + _GAP)
             wall.paste(_picture(order.file(cell), side), (x, y))
+            is_marked = (step, float(strength)) == notes.marked
+            frame = (x - 1, y - 1, x + side, y + high - _GAP)
             pen.rectangle((x - 1, y - 1, x + side, y + side), outline=_EMPTY)  # many pictures have a white ground
+            for line, text in enumerate(notes.cells.get(cell, ())):
+                note = _Writing.of(text, _NOTE, side)
+                note.draw(pen, x + side / 2, y + side + line * _NOTE * _LINE, _INK, centred=True)
+            if is_marked:
+                pen.rectangle(frame, outline=_GOOD, width=3)
     return wall
 
 

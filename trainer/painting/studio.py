@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from ..adapter import load_adapter_state, strength
 from ..anatomy import skeleton
@@ -64,6 +65,12 @@ class Studio:
             self.clear()
             self._base = _load(wanted)
             self._wanted = wanted
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """That of the base in memory."""
+        assert self._base is not None, "prepare comes first"
+        return self._base.vae
 
     def clear(self) -> None:
         """Give the memory back."""

@@ -1,0 +1,254 @@
+"""`python -m tools.choosing`: does the recommended cell beat the last checkpoint at strength 1, on held-out pairs?
+
+For each style and seed a run is trained on the pocket base, its wall is scored as `lorasmith compare` does it, and the
+held-out concepts are drawn twice: by the recommended cell, and by the last checkpoint at strength 1. What they should
+have looked like is known, and the scores never saw it. Some minutes a run on two free cores.
+
+Two styles: the example's, drawings by another hand in blue ink; and chalk on a board, made of the base's own pictures.
+With `--overfit` a run sees 4 images over and over, and must be called overfitted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from PIL import Image
+
+from lorasmith.trainer.adapter import load_adapter_state, strength
+from lorasmith.trainer.bases import POCKET
+from lorasmith.trainer.checkpoint import load_checkpoint
+from lorasmith.trainer.choosing.choice import Choice, choice_file, write_choice
+from lorasmith.trainer.choosing.judge import judge_wall
+from lorasmith.trainer.choosing.page import notes_of, page_of
+from lorasmith.trainer.config import RunConfig
+from lorasmith.trainer.configfile import merge, validate
+from lorasmith.trainer.console import Reporter
+from lorasmith.trainer.demo import read_held_out, to_tensor
+from lorasmith.trainer.example import EXAMPLES, STYLE, example_config
+from lorasmith.trainer.files import write_text
+from lorasmith.trainer.jobs import RunFolder, create_run
+from lorasmith.trainer.loop import Trainer
+from lorasmith.trainer.painting.sheet import order_sheet, save_sheet
+from lorasmith.trainer.painting.studio import Studio
+from lorasmith.trainer.painting.wall import wall_order
+from lorasmith.trainer.plan import make_plan
+from lorasmith.trainer.run import load_run
+from lorasmith.trainer.sample import Drawing, draw
+from lorasmith.trainer.score import StyleMeasure, colour_layout_distance
+
+CHALK = "chalk"
+STYLES = (STYLE, CHALK)
+_BOARD, _CHALK = (34, 54, 48), (245, 240, 215)
+_CHALK_IMAGES = 32
+FEW = 4
+"""Images of a run that is overfitted on purpose."""
+FEW_SEEN = 5000
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cell on the held-out pairs."""
+
+    step: int
+    strength: float
+    distance: float
+    """Mean colour-layout distance to the true picture, 0 to 1."""
+    style: float
+    """Mean probability of the target style, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Row:
+    style: str
+    seed: int
+    recommended: Measured | None
+    last: Measured
+
+    @property
+    def wins(self) -> bool:
+        return self.recommended is not None and self.recommended.distance < self.last.distance
+
+    def __str__(self) -> str:
+        told = [f"{self.style:10}", f"{self.seed:4d}"]
+        told += [_told(self.recommended) if self.recommended else "none", _told(self.last)]
+        return "  ".join([*told, "yes" if self.wins else "same" if self.recommended == self.last else "no"])
+
+
+def _told(cell: Measured) -> str:
+    return f"{cell.step:5d} at {cell.strength:<4g} distance {cell.distance:.4f} style {cell.style:.2f}"
+
+
+def main(
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from 0 on.")] = 10,
+    style: Annotated[list[str] | None, typer.Option(help=f"{' or '.join(STYLES)}; both if not given.")] = None,
+    images: Annotated[int, typer.Option(min=8, help="Images that a run sees.")] = 3600,
+    folder: Annotated[Path, typer.Option(help="Where runs are kept; what is trained is not trained again.")] = Path(
+        ".cache/choosing"
+    ),
+    every_cell: Annotated[bool, typer.Option(help="Measure all cells of the walls, to see what could be had.")] = False,
+    overfit: Annotated[bool, typer.Option(help=f"Only train and judge a run on {FEW} images.")] = False,
+    seen: Annotated[int, typer.Option(min=40, help="Images that this run sees, each many times.")] = FEW_SEEN,
+) -> None:
+    """Train, judge, measure, and print the table."""
+    if overfit:
+        run = trained(overfitted_config(folder, seen))
+        print(judged(run).reason)
+        return
+    rows: list[Row] = []
+    for name in style or STYLES:
+        for seed in range(seeds):
+            config = run_config(name, seed, images, folder)
+            rows.append(measured(trained(config), name, seed, every_cell))
+            print(rows[-1], flush=True)
+    for name in style or STYLES:
+        own = [row for row in rows if row.style == name]
+        same = sum(row.recommended == row.last for row in own)
+        print(
+            f"{name}: the recommended cell wins in {sum(row.wins for row in own)} of {len(own)}, is the last in {same}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs
+
+
+def run_config(style: str, seed: int, images: int, folder: Path) -> RunConfig:
+    """As the demo trains, with another seed."""
+    data = EXAMPLES / STYLE if style == STYLE else chalk_images(folder / "images" / CHALK)
+    example = example_config(folder)
+    over = {
+        "name": f"{style}-{images}-{seed}",
+        "seed": seed,
+        "data": [{"path": str(data), "trigger": style, "caption_dropout": 0.1}],
+        "budget": {"images": images},
+        "save": {"every": max(1, images // example.budget.batch // 5)},
+        "sample": {"prompts": [_called(prompt, style) for prompt in example.sample.prompts]},
+    }
+    return validate(merge(example.model_dump(exclude_unset=True), over), source="tools.choosing")
+
+
+def _called(prompt: str, style: str) -> str:
+    return prompt.replace(STYLE, style, 1)
+
+
+def overfitted_config(folder: Path, seen: int = FEW_SEEN) -> RunConfig:
+    """Few images, seen many hundred times each."""
+    source = sorted((EXAMPLES / STYLE).glob("*.png"))[:FEW]
+    data = folder / "images" / f"{STYLE}-{FEW}"
+    data.mkdir(parents=True, exist_ok=True)
+    for file in source:
+        for each in (file, file.with_suffix(".txt")):
+            (data / each.name).write_bytes(each.read_bytes())
+    config = run_config(STYLE, 0, seen, folder)
+    over = {
+        "name": f"overfit-{seen}",
+        "data": [{"path": str(data), "trigger": STYLE}],
+        "budget": {"batch": FEW},
+        "save": {"every": seen // FEW // 5},
+    }
+    return validate(merge(config.model_dump(exclude_unset=True), over), source="tools.choosing")
+
+
+def trained(config: RunConfig) -> RunFolder:
+    """The run, which is trained unless it is there; without previews and without an export."""
+    run = RunFolder(Path(config.runs, config.name).absolute())
+    if run.saved_steps():
+        return run
+    prompts = config.sample.prompts
+    plan = make_plan(config)
+    with Reporter() as report:
+        Trainer(plan, create_run(plan.config), report).train(lambda: False)
+    assert prompts == run.read_config().sample.prompts
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is measured
+
+
+def judged(run: RunFolder) -> Choice:
+    """As `lorasmith compare` does it, with all that it writes."""
+    order = wall_order(run, prompts=run.read_config().sample.prompts)
+    choice = judge_wall(order, Studio())
+    save_sheet(order_sheet(order, run.name, notes_of(choice)), order.sheet())
+    write_text(order.sheet().with_suffix(".html"), page_of(order, run.name, choice))
+    write_choice(choice, choice_file(order))
+    return choice
+
+
+def measured(run: RunFolder, style: str, seed: int, every_cell: bool) -> Row:
+    choice = judged(run)
+    base = load_run(run.path, None).base
+    config = run.read_config()
+    drawing = Drawing.of(config.sample, base.info.resolution)
+    held_out = read_held_out()
+    prompts = [f"{style} {prompt}" for prompt, _ in held_out]
+    true = to_tensor(target_pictures(style, [file for _, file in held_out]))
+    others = [file.name for file in sorted(_base_folder().glob("*.webp")) if file.name not in dict(held_out).values()]
+    measure = StyleMeasure.fit(base.vae, to_tensor(base_pictures(others)), to_tensor(target_pictures(style, others)))
+
+    def measure_cell(step: int, at: float) -> Measured:
+        load_adapter_state(base, load_checkpoint(run.checkpoint(step)).adapter)
+        with strength(base, at):
+            pictures = to_tensor(draw(base, prompts, drawing))
+        distance = colour_layout_distance(pictures, true).mean().item()
+        return Measured(step, at, distance, float(measure.probability(pictures).mean()))
+
+    best, last = choice.recommended, max(run.saved_steps())
+    wanted = [(cell.step, cell.strength) for cell in choice.cells if every_cell]
+    wanted += [(last, 1.0), *([(best.step, best.strength)] if best else [])]
+    found = {cell: measure_cell(*cell) for cell in dict.fromkeys(wanted)}
+    told = [asdict(one) | {"scores": asdict(choice.cell(*cell).scores)} for cell, one in found.items()]
+    write_text(run.path / "held-out.json", json.dumps(told, indent=2) + "\n")
+    return Row(style, seed, found[best.step, best.strength] if best else None, found[last, 1.0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures
+
+
+def base_pictures(files: Sequence[str]) -> list[Image.Image]:
+    return [Image.open(_base_folder() / file).convert("RGB") for file in files]
+
+
+def target_pictures(style: str, files: Sequence[str]) -> list[Image.Image]:
+    """What the same concepts look like in a style."""
+    if style == CHALK:
+        return [chalked(picture) for picture in base_pictures(files)]
+    return [Image.open(EXAMPLES / "measure/target" / file).convert("RGB") for file in files]
+
+
+def chalked(picture: Image.Image) -> Image.Image:
+    """Chalk on a dark board: what was dark or has an edge is light, what was white is the board."""
+    light = np.asarray(picture.convert("L"), dtype=np.float32) / 255
+    rows, columns = np.gradient(light)
+    chalk = np.clip(0.45 * (1 - light) + 2.5 * np.hypot(rows, columns), 0, 1)[..., None]
+    colours = (1 - chalk) * np.array(_BOARD) + chalk * np.array(_CHALK)
+    return Image.fromarray(colours.round().astype(np.uint8))
+
+
+def chalk_images(folder: Path) -> Path:
+    """The training set: concepts that are not held out, evenly spread over all."""
+    held_out = dict(read_held_out()).values()
+    captions = {Path(file).stem: prompt for prompt, file in json.loads((POCKET / "concepts.json").read_text("utf-8"))}
+    files = [file.name for file in sorted(_base_folder().glob("*.webp")) if file.name not in held_out]
+    chosen = files[:: len(files) // _CHALK_IMAGES][:_CHALK_IMAGES]
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, picture in zip(chosen, target_pictures(CHALK, chosen), strict=True):
+        picture.save(folder / f"{Path(file).stem}.png")
+        write_text(folder / f"{Path(file).stem}.txt", captions[Path(file).stem] + "\n")
+    return folder
+
+
+def _base_folder() -> Path:
+    return EXAMPLES / "measure/base"
+
+
+if __name__ == "__main__":
+    typer.run(main)
