@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,14 +12,15 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from lorasmith.trainer import cpukernels
 from lorasmith.trainer.adapter import adapter_state, strength, tuner_layers
 from lorasmith.trainer.bases import inspect_base
 from lorasmith.trainer.checkpoint import load_checkpoint
 from lorasmith.trainer.config import RunConfig
-from lorasmith.trainer.cpukernels import _as_product, _level, attend, speed_up_on_cpu
+from lorasmith.trainer.cpukernels import _as_product, _can_be_kept_twice, _InItsOrder, _level, attend, speed_up_on_cpu
 from lorasmith.trainer.errors import ConfigError
 from lorasmith.trainer.events import Event, Step, Warned
-from lorasmith.trainer.fastlora import speed_up
+from lorasmith.trainer.fastlora import Together, speed_up
 from lorasmith.trainer.flat import Flat
 from lorasmith.trainer.jobs import create_run
 from lorasmith.trainer.loop import Trainer
@@ -138,6 +139,52 @@ def test_a_convolution_as_a_product_is_the_convolution(size: tuple[int, int], ha
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@pytest.mark.parametrize("side", [1, 3])
+@pytest.mark.parametrize("sizes", [((8, 8), (4, 7)), ((1, 5), (20, 20))])
+def test_a_convolution_in_onednn_s_order_is_the_convolution(side: int, sizes: Sequence[tuple[int, int]]):
+    """At each of two sizes in turn, forward and backward."""
+    convolution = nn.Conv2d(12, 20, side, padding=side // 2).bfloat16().requires_grad_(False)
+    assert _can_be_kept_twice("conv", convolution)
+    ordered = _InItsOrder(convolution)
+    for size in (*sizes, *sizes):
+        x = torch.randn(2, 12, *size, dtype=torch.bfloat16, requires_grad=True)
+        answers = []
+        for convolve in (convolution, ordered):
+            x.grad = None
+            y = convolve(x)
+            assert y.is_contiguous()
+            (y * torch.arange(y.numel(), dtype=y.dtype).view(y.shape).sin()).sum().backward()
+            answers.append((y.detach(), x.grad))
+        for one, other in zip(*answers, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+def test_layers_that_read_the_same_are_one_function():
+    """As each alone in double precision, and also once their weights no more lie side by side, or one is off."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(20, 30, bias=False) for name in "qkv"}).double().requires_grad_(False)
+    lora = LoraConfig(r=4, lora_alpha=6, target_modules=list("qkv"), init_lora_weights=False)
+    inject_adapter_in_model(lora, cast(Any, model), "default")
+    layers: list[Any] = list(model.values())
+    speed_up(model)
+    x = torch.randn(2, 5, 20, dtype=torch.float64, requires_grad=True)
+
+    def answers(outputs: Sequence[Tensor]) -> list[Tensor]:
+        leaves = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+        return [*outputs, *torch.autograd.grad(torch.cat(list(outputs)).square().sum(), leaves, allow_unused=True)]
+
+    together = Together(layers)
+    for spoil in (lambda: None, lambda: moved(layers[1].base_layer), lambda: layers[2].enable_adapters(False)):
+        spoil()
+        for one, other in zip(answers(together(x)), answers([layer(x) for layer in layers]), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def moved(layer: nn.Linear) -> None:
+    layer.weight.data = layer.weight.data + 1
+
+
 def test_a_larger_picture_goes_the_usual_way():
     convolution = nn.Conv2d(12, 20, 3, padding=1).requires_grad_(False)
     x = torch.randn(1, 12, 20, 20)
@@ -146,14 +193,15 @@ def test_a_larger_picture_goes_the_usual_way():
     torch.testing.assert_close(convolution(x), meant)
 
 
-@pytest.mark.parametrize("tokens", [(64, 77), (1025, 1024)])
+@pytest.mark.parametrize("tokens", [(8, 77), (64, 77), (1025, 1024)])
 def test_attention_is_attention(tokens: tuple[int, int]):
     query, key, value = (torch.randn(1, 2, count, 8, dtype=torch.float64) for count in (*tokens, tokens[1]))
     meant = scaled_dot_product_attention(query, key, value)
     torch.testing.assert_close(attend(query, key, value), meant, rtol=0, atol=1e-12)
 
 
-def test_convolutions_over_few_pixels_are_found():
+def test_convolutions_over_few_pixels_are_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpukernels, "MOST_KEPT_TWICE", 0)
     unet = load_base(inspect_base("pocket")).unet
     sides = {name: 16 // 2 ** _level(unet, name) for name, _ in unet.named_modules() if name.endswith(".conv1")}
     seen: dict[str, int] = {}
@@ -285,6 +333,7 @@ def test_a_run_goes_on_with_matrices_laid_otherwise(short: Callable[..., RunConf
     [
         ("fast_lora", {"adapter": {"kind": "dora"}, "runtime": {"fast_lora": False}}),
         ("autocast", {"adapter": {"kind": "dora"}, "runtime": {"autocast": True}}),
+        ("autocast", {"runtime": {"autocast": True, "precision": "fp32"}}),
         ("flat_optimizer", {"optimizer": {"kind": "lion"}, "runtime": {"flat_optimizer": False}}),
     ],
 )

@@ -2,13 +2,14 @@
 
 PEFT makes, names and saves the layers. Its forward is five to ten small operations a layer, and keeps what each of them
 read for the backward pass. Here it is one function that keeps the input, which it shares with others that read the
-same, and the input's projection onto the rank. Everything that is not a plain LoRA on a linear layer (DoRA, dropout,
-convolutions) goes PEFT's own way, and so does a layer while it is switched off or merged.
+same, and the input's projection onto the rank. Layers that read the same, as attention's queries, keys and values do,
+are one function together. Everything that is not a plain LoRA on a linear layer (DoRA, dropout, convolutions) goes
+PEFT's own way, and so does a layer while it is switched off or merged.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -19,12 +20,16 @@ from torch.nn.functional import linear
 
 from .adapter import ADAPTER, tuner_layers
 
+_FEW = 2**16
+"""Up to so many numbers of an input on a CPU, the two thin products are taken in the precision of A and B: in bf16 a
+small product takes four times as long as in fp32, and A and B would have to be cast. Measured."""
+
 
 def speed_up(component: nn.Module) -> int:
     """Let the plain LoRA layers of a component compute the fast way; returns how many do."""
     plain = [layer for _, layer in tuner_layers(component) if isinstance(layer, LoraLinear) and _is_plain(layer)]
     for layer in plain:
-        layer.forward = partial(_forward, layer, layer.forward)
+        layer.forward = _Fast(layer)
     return len(plain)
 
 
@@ -41,39 +46,122 @@ def _is_plain(layer: LoraLinear) -> bool:
     )
 
 
-def _forward(layer: Any, peft_forward: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs or layer.disable_adapters or layer.merged:
-        return peft_forward(x, *args, **kwargs)
-    base, down, up = layer.base_layer, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    return cast(Tensor, _LoraLinear.apply(x, base.weight, base.bias, down, up, layer.scaling[ADAPTER]))
+class _Fast:
+    """The forward of a plain layer."""
+
+    def __init__(self, layer: LoraLinear) -> None:
+        self.layer, self.peft_forward = cast(Any, layer), layer.forward
+        self.base, self.down, self.up = self.layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+
+    @property
+    def is_on(self) -> bool:
+        return not (self.layer.disable_adapters or self.layer.merged)
+
+    @property
+    def scale(self) -> float:
+        return self.layer.scaling[ADAPTER]
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not self.is_on:
+            return self.peft_forward(x, *args, **kwargs)
+        pair = cast(Tensor, self.down.weight), cast(Tensor, self.up.weight)
+        return cast(Tensor, _LoraLinears.apply(x, self.base.weight, self.base.bias, self.scale, *pair))
 
 
-class _LoraLinear(torch.autograd.Function):
-    """y = x W^T + b + scale (x A^T) B^T of a frozen W (out, in), for A (rank, in) and B (out, rank) in fp32.
+class Together:
+    """Frozen linear layers of as many outputs that read the same, with or without a LoRA: called, they give the output
+    of each, (batch, tokens, out).
 
-    The products are taken in the precision of W, as under autocast. With g the gradient of y and h = scale g B:
-    dx = g W + h A, dA = h^T x, dB = scale g^T (x A^T) (Hu et al. 2022, section 4.1, differentiated).
+    Their weights are laid side by side in memory, and stay the layers' own: nothing is kept twice.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = layers
+        self.bases: list[nn.Linear] = [getattr(layer, "base_layer", layer) for layer in layers]
+        self.whole = torch.cat([base.weight.data for base in self.bases])
+        for base, weight in zip(self.bases, self.whole.chunk(len(layers)), strict=True):
+            base.weight.data = weight
+
+    @staticmethod
+    def can_be(layers: Sequence[Any]) -> bool:
+        bases = [getattr(layer, "base_layer", layer) for layer in layers]
+        are_alike = len({getattr(base, "weight", torch.empty(0)).shape for base in bases}) == 1
+        plain = (type(base) is nn.Linear and base.bias is None and not base.weight.requires_grad for base in bases)
+        return are_alike and all(plain)
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        fast = [layer.forward for layer in self.layers if type(layer.forward) is _Fast and layer.forward.is_on]
+        if len(fast) != len(self.layers) or len({one.scale for one in fast}) != 1 or not self._are_side_by_side():
+            return [layer(x) for layer in self.layers]
+        pairs = [weight for one in fast for weight in (one.down.weight, one.up.weight)]
+        y = cast(Tensor, _LoraLinears.apply(x, self.whole, None, fast[0].scale, *pairs))
+        return y.chunk(len(fast), -1)
+
+    def _are_side_by_side(self) -> bool:
+        """Whether the layers' weights are still where they were laid."""
+        first, bytes_each = self.whole.data_ptr(), self.whole.nbytes // len(self.bases)
+        return all(base.weight.data_ptr() == first + number * bytes_each for number, base in enumerate(self.bases))
+
+
+class _LoraLinears(torch.autograd.Function):
+    """y = x W^T + b + scale (x A^T) B^T of a frozen W (out, in), for A (rank, in) and B (out, rank) in fp32; for
+    several A and B, each B changes its share of the outputs.
+
+    The products are taken in the precision of W, as under autocast, or better. With g the gradient of y and
+    h = scale g B: dx = g W + h A, dA = h^T x, dB = scale g^T (x A^T) (Hu et al. 2022, section 4.1, differentiated).
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, *pairs: Tensor) -> Tensor:
         rows = x.to(weight.dtype).reshape(-1, x.shape[-1])
-        low = scale * (rows @ down.to(weight.dtype).T)
-        y = linear(rows, weight, bias).addmm_(low, up.to(weight.dtype).T)
-        ctx.save_for_backward(rows, low, weight, down, up)
+        thin = _thin(rows, pairs[0])
+        ups = pairs[1::2]
+        low = (rows.to(thin) @ _one(pairs[0::2]).to(thin).T).mul_(scale)
+        y = linear(rows, weight, bias)
+        for part, own, up in zip(_parts(y, ups, 0), _parts(low, ups, 1), ups, strict=True):
+            _add_product(part, own, up.to(thin).T)
+        ctx.save_for_backward(rows, low, weight, *pairs)
         ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rows, low, weight, down, up = ctx.saved_tensors
+        rows, low, weight, *pairs = ctx.saved_tensors
+        downs, ups = pairs[0::2], pairs[1::2]
         g = gradients[0].to(weight.dtype).reshape(-1, weight.shape[0])
-        h = ctx.scale * (g @ up.to(weight.dtype))
-        d_down, d_up = (h.T @ rows).to(down.dtype), (g.T @ low).to(up.dtype)
+        thin_g = g.to(low.dtype)
+        shares = _parts(thin_g, ups, 0)
+        h = _one([share @ up.to(low.dtype) for share, up in zip(shares, ups, strict=True)], 1).mul_(ctx.scale)
+        d_down = (h.T @ rows.to(low.dtype)).to(downs[0].dtype)
+        d_ups = [(g_own.T @ own).to(ups[0].dtype) for g_own, own in zip(shares, _parts(low, ups, 1), strict=True)]
+        d_downs = d_down.split([len(down) for down in downs])
+        d_pairs = [gradient for pair in zip(d_downs, d_ups, strict=True) for gradient in pair]
         if not ctx.needs_input_grad[0]:  # as of cross-attention's keys and values: captions learn nothing
-            return None, None, None, d_down, d_up, None
-        dx = (g @ weight).addmm_(h, down.to(weight.dtype))
-        return dx.view(ctx.shape).to(ctx.dtype), None, None, d_down, d_up, None
+            return None, None, None, None, *d_pairs
+        dx = g @ weight
+        _add_product(dx, h, _one(downs).to(low.dtype))
+        return dx.view(ctx.shape).to(ctx.dtype), None, None, None, *d_pairs
+
+
+def _thin(rows: Tensor, down: Tensor) -> torch.dtype:
+    """In which the products with A and B are taken, unless autocast says it: it depends on shapes alone."""
+    is_free = rows.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return down.dtype if is_free and rows.numel() <= _FEW else rows.dtype
+
+
+def _one(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+
+
+def _parts(y: Tensor, ups: Sequence[Tensor], side: int) -> Sequence[Tensor]:
+    """Of (rows, all outputs) or (rows, all ranks) the columns of each B (out, rank): `side` is 0 for outputs."""
+    return (y,) if len(ups) == 1 else y.split([up.shape[side] for up in ups], 1)
+
+
+def _add_product(y: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a b to y in place."""
+    if y.dtype == a.dtype:
+        y.addmm_(a, b)
+    else:
+        y.add_(a @ b)

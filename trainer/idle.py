@@ -91,6 +91,8 @@ def dropped_by(switch: str, value: Any) -> Iterator[str]:
     yield from (dotted for dotted, number in OF_NUMBERS.items() if number == switch and not value)
     if switch in RATE_OF and not value:
         yield RATE_OF[switch]
+    if switch == "runtime.precision" and value == "fp32":
+        yield "runtime.autocast"
     if switch == "optimizer.kind" and str(value).lower() in RATE_FREE:
         yield from RATE_OF.values()
 
@@ -239,6 +241,9 @@ def _contradictions(config: RunConfig) -> Iterator[Problem]:
         yield Problem("objective.multires_noise_iterations", what, "Set it to 6, or to 0 for none.")
     if objective.min_timestep > objective.max_timestep:
         yield Problem("objective.min_timestep", "is above objective.max_timestep", "Exchange the two.")
+    if config.runtime.autocast and config.runtime.precision == "fp32":
+        what = 'has no effect, because runtime.precision is "fp32": nothing is cast'
+        yield Problem("runtime.autocast", what, 'Remove it, or set runtime.precision = "bf16".')
     if optimizer.schedule == "wsd" and optimizer.warmup + optimizer.schedule_decay > 1:
         what = "and optimizer.warmup are more than the whole run"
         yield Problem("optimizer.schedule_decay", what, "Lower one of the two.")

@@ -45,6 +45,7 @@ from .noise import Draws, add_noise, derive_seed, draw_batch, image_loss, loss_w
 from .optim import effective_rates, load_optimizer, make_optimizer, schedule_factor, set_learning_rates
 from .plan import Plan, prompts_from
 from .sample import Drawing, draw, drawn_like, save_previews
+from .shelf import Shelf
 from .story import DRAWING, SAVING
 
 Emit = Callable[[Event], None]
@@ -109,6 +110,7 @@ class Trainer:
         self.base = load_base(plan.base, self.dtype, self.accelerator.device, vae_dtype)
         self.alphas_cumprod: Tensor = self.base.scheduler.alphas_cumprod.float()
         self._fill_caches()
+        self.shelf = self._make_shelf()
         self._put_on(afresh=checkpoint is None)
         self._prepare(checkpoint)
         self.drawing = Drawing.of(self.config.sample, plan.base.resolution)
@@ -351,6 +353,8 @@ class Trainer:
     def _speed_up(self) -> bool:
         """Let the base and its plain LoRA layers compute the fast way; returns whether they still need autocast."""
         config, components = self.config, self.base.components.values()
+        if config.runtime.autocast and self.accelerator.mixed_precision == "no":
+            self.emit(Warned("runtime.autocast has no effect: here all is computed in fp32, and nothing is cast"))
         if config.runtime.channels_last:
             self.base.unet.to(memory_format=torch.channels_last)
         elif config.runtime.cpu_kernels and self.base.device.type == "cpu":
@@ -505,17 +509,45 @@ class Trainer:
 
     @contextmanager
     def _encoders(self, resting: bool) -> Iterator[None]:
-        """Within the block the VAE and text encoders that stay frozen rest in the computer's memory, or they do not: a
-        GPU's is for what trains. Without a GPU nothing happens."""
-        frozen = [] if self.config.adapter.trains_text else list(self.base.text_encoders.values())
-        at_work, cpu = self.accelerator.device, torch.device("cpu")
+        """Within the block the VAE and text encoders that stay frozen rest, or they do not: a GPU's memory is for what
+        trains, and they wait in the computer's; without a GPU they wait on the disk, if they are large."""
         try:
-            for module in (self.base.vae, *frozen):
-                module.to(cpu if resting else at_work)
+            self._let_rest() if resting else self._let_work()
             yield
         finally:
-            for module in (self.base.vae, *frozen):
-                module.to(at_work if resting else cpu)
+            self._let_work() if resting else self._let_rest()
+
+    def _let_rest(self) -> None:
+        for module in self._resting:
+            module.to(torch.device("cpu"))
+        if self.shelf is not None:
+            try:
+                self.shelf.put_away()
+            except OSError as error:
+                self.shelf = None
+                why = f"{self.plan.cache} takes no more ({error.strerror or error})"
+                self.emit(Warned(f"VAE and text encoders stay in memory: {why}"))
+
+    def _let_work(self) -> None:
+        if self.shelf is not None:
+            self.shelf.take_back()
+        for module in self._resting:
+            module.to(self.accelerator.device)
+
+    @property
+    def _resting(self) -> list[nn.Module]:
+        frozen = [] if self.config.adapter.trains_text else list(self.base.text_encoders.values())
+        return [self.base.vae, *frozen]
+
+    def _make_shelf(self) -> Shelf | None:
+        """Where they rest without a GPU; each process of several has its own."""
+        if self.accelerator.device.type != "cpu" or not Shelf.pays(self._resting):
+            return None
+        try:
+            self.plan.cache.mkdir(parents=True, exist_ok=True)
+            return Shelf(self._resting, self.plan.cache)
+        except OSError:  # the caches tell what is wrong with it, when they must be written
+            return None
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:

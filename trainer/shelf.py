@@ -1,0 +1,91 @@
+"""Where the weights of frozen modules rest on the disk while the computer's memory is for what trains."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .errors import TrainingError
+
+LEAST = 2**26
+"""Bytes: modules with fewer weights stay where they are, for it would gain nothing to write them."""
+
+
+class Shelf:
+    """Modules whose weights are written to the disk once, given up, and read back whenever they are needed.
+
+    The file has no name, or is removed by the system when the process ends, however that comes about.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], folder: Path) -> None:
+        self.tensors = list(_tensors(modules))
+        self.shapes, self.checksums = [tensor.shape for tensor in self.tensors], list[int]()
+        self.file = tempfile.TemporaryFile(dir=folder, prefix=".resting-")  # noqa: SIM115  # it is open as long as this is
+        weakref.finalize(self, self.file.close)
+        self.is_away = False
+
+    @staticmethod
+    def pays(modules: Sequence[nn.Module]) -> bool:
+        """Whether they are on a CPU, and large enough."""
+        tensors = list(_tensors(modules))
+        return all(t.device.type == "cpu" for t in tensors) and sum(t.nbytes for t in tensors) >= LEAST
+
+    def put_away(self) -> None:
+        """Give the weights up; they are frozen, and written the first time only.
+
+        Raises:
+            OSError: if the disk does not take them; then they stay where they are.
+        """
+        if self.is_away:
+            return
+        if not self.checksums:
+            self.checksums = self._write()
+        for tensor in self.tensors:
+            tensor.data = torch.empty(0, dtype=tensor.dtype)
+        self.is_away = True
+
+    def _write(self) -> list[int]:
+        checksums = []
+        for tensor in self.tensors:
+            content = _bytes_of(tensor.detach().contiguous())
+            self.file.write(content)
+            checksums.append(zlib.crc32(content))
+        self.file.flush()
+        return checksums
+
+    def take_back(self) -> None:
+        """Put the weights back, bit for bit.
+
+        Raises:
+            TrainingError: if they are not what was written.
+        """
+        if not self.is_away:
+            return
+        self.file.seek(0)
+        for tensor, shape, checksum in zip(self.tensors, self.shapes, self.checksums, strict=True):
+            found = torch.empty(shape, dtype=tensor.dtype)
+            content = _bytes_of(found)
+            if self.file.readinto(content) != len(content) or zlib.crc32(content) != checksum:
+                what = "the disk did not give back the weights of VAE and text encoders as they were written"
+                fix = "Look at the disk of runtime.cache, and resume the run; the last checkpoint stands."
+                raise TrainingError(what, "runtime.cache", fix)
+            tensor.data = found
+        self.is_away = False
+
+
+def _tensors(modules: Sequence[nn.Module]) -> Iterator[Tensor]:
+    """All weights and buffers that hold something."""
+    for module in modules:
+        yield from (tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.numel())
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(cast(Any, tensor.flatten().view(torch.uint8).numpy()))
