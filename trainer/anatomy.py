@@ -21,7 +21,12 @@ from .singlefile import read_single_file
 
 
 def foreseen_parts(info: BaseInfo, config: RunConfig, afresh: bool = True) -> list[Part]:
-    """What a run will train, counted before anything is loaded; one that goes on needs not what it started from.
+    """What a run will train, counted before anything is loaded; raises as `foreseen_base`."""
+    return parts(foreseen_base(info, config, afresh), config)
+
+
+def foreseen_base(info: BaseInfo, config: RunConfig, afresh: bool = True) -> Base:
+    """The shape of a base with what a run trains of it; one that goes on needs not what it started from.
 
     Raises:
         ConfigError: for blocks that are not there, layers that cannot take the adapter, and parts that hold nothing.
@@ -32,7 +37,7 @@ def foreseen_parts(info: BaseInfo, config: RunConfig, afresh: bool = True) -> li
         read_lora(Path(file), base.components, info.family)
     start = read_start(adapter, base) if afresh else {}
     put_on(base, adapter, config.seed, config.block, config.trigger, start)
-    return parts(base, config)
+    return base
 
 
 def skeleton(info: BaseInfo) -> Base:

@@ -51,6 +51,8 @@ class Plan:
     """What the base's own scheduler says."""
     parts: list[Part]
     """What is trained, counted on the shape of the base."""
+    fast_share: float
+    """Of the adapter's layers, that can compute the fast way (`fastlora.py`); 0 where there are none."""
     processes: int = 1
     step: int = 0
     """Where a run that goes on stands in the order of images. What is random follows from it, so that it is all there
@@ -112,8 +114,15 @@ class Plan:
             "if_memory_is_full": self.if_memory_is_full,
             "prompts": self.config.sample.prompts,
             "preview_side": self.base.resolution,
+            "techniques": self.techniques(),
             "warnings": list(self.warnings()),
         }
+
+    def techniques(self) -> list[dict[str, Any]]:
+        """What makes it fast and lean on this computer: name, whether it is on, and why."""
+        from .techniques import techniques_here
+
+        return [technique.facts() for technique in techniques_here(self.config, self.fast_share)]
 
     @property
     def if_memory_is_full(self) -> str:
@@ -266,15 +275,16 @@ def make_plan(config: RunConfig, progress: Progress | None = None, afresh: bool 
     rules = bucket_rules(config, base)
     examples = _collect(problems, lambda: load_examples(sources, rules, config.seed, progress))
     trained = _collect(problems, lambda: as_trained(base, config) if base else None)
-    parts = _collect(problems, lambda: _foreseen(trained, config, afresh) if trained else None)
-    if problems or base is None or trained is None or examples is None or parts is None:
+    foreseen = _collect(problems, lambda: _foreseen(trained, config, afresh) if trained else None)
+    if problems or base is None or trained is None or examples is None or foreseen is None:
         raise UserError.of(problems)
     return Plan(
         config=_completed(config, base, examples),
         base=trained,
         examples=examples,
         prediction_of_base=base.prediction,
-        parts=parts,
+        parts=foreseen[0],
+        fast_share=foreseen[1],
         processes=int(os.environ.get("WORLD_SIZE", "1")),
     )
 
@@ -284,10 +294,14 @@ def base_of(config: RunConfig) -> BaseInfo:
     return inspect_base(config.base.model, config.base.vae, config.base.merge)
 
 
-def _foreseen(base: BaseInfo, config: RunConfig, afresh: bool) -> list[Part]:
-    from .anatomy import foreseen_parts  # brings torch, which the browser app's start must not wait for
+def _foreseen(info: BaseInfo, config: RunConfig, afresh: bool) -> tuple[list[Part], float]:
+    """What is trained, and the share of the adapter's layers that can compute the fast way."""
+    from .anatomy import foreseen_base  # brings torch, which the browser app's start must not wait for
+    from .fitting import parts
+    from .techniques import fast_share
 
-    return foreseen_parts(base, config, afresh)
+    base = foreseen_base(info, config, afresh)
+    return parts(base, config), fast_share(base)
 
 
 def as_trained(base: BaseInfo, config: RunConfig) -> BaseInfo:

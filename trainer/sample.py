@@ -22,7 +22,6 @@ from .models import Base, Conditions
 from .painting.samplers import SAMPLERS, Sampler
 
 _PIXELS_AT_ONCE = 64 * 64 * 64
-"""Small pictures are drawn together, large ones one by one."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,18 @@ def draw(
 
     `after_step` is called after every step of the sampler; what it raises ends the drawing.
     """
-    at_once = max(1, _PIXELS_AT_ONCE // drawing.size**2)
+    at_once = pictures_at_once(drawing.size)
     wanted = list(enumerate(prompts, drawing.seed))
     together = partial(_draw_together, base, drawing, after_step)
     pictures: list[Image.Image] = []
     for start in range(0, len(wanted), at_once):
         pictures += in_halves(together, wanted[start : start + at_once])
     return pictures
+
+
+def pictures_at_once(size: int) -> int:
+    """Small pictures are drawn together, large ones one by one; `size` is the side of one in pixels."""
+    return max(1, _PIXELS_AT_ONCE // size**2)
 
 
 @torch.no_grad()

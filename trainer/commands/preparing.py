@@ -160,19 +160,35 @@ def caption(
         raise typer.Exit(1)
 
 
-def plan(file: ConfigFile, set_: Overrides = None, as_json: Json = False) -> None:
-    """Validate a configuration, and say what would happen."""
+def plan(
+    file: ConfigFile,
+    set_: Overrides = None,
+    vram: Annotated[
+        float | None, typer.Option(min=1, max=1024, metavar="GB", help="Plan for an NVIDIA card with so much memory.")
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Try a few steps of the largest batch, to know time and memory.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Validate a configuration, and say what would happen, in how much memory and time."""
+    from ..console import Reporter
     from ..jobs import check_name_is_free
+    from ..prospect import prospect
 
     made, origins = plan_of(file, set_)
     check_name_is_free(made.config)
+    with Reporter() as report:
+        foreseen = prospect(made, vram, probe, report)
     if as_json:
-        print_json(made.facts() | {"origins": origins})
-    else:
-        from ..console import print_origins, print_plan
+        print_json(made.facts() | foreseen.facts() | {"origins": origins})
+        return
+    from ..console import print_origins, print_plan
 
-        print_plan(made)
-        print_origins(made.config, origins)
+    print_plan(made)
+    for line in foreseen.lines():
+        typer.echo(line)
+    print_origins(made.config, origins)
 
 
 def doctor(as_json: Json = False) -> None:

@@ -1,0 +1,478 @@
+"""How much memory a run takes at its peak, and of what that is made: foreseen on shapes alone.
+
+A run has three stages, each with a peak of its own: images and captions are encoded, the weights are trained, previews
+are drawn. Weights, gradients and the optimizer's state are counted; what a stage keeps while it computes is found by a
+dry run of it (`dryrun.py`) at the largest batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers import CLIPTokenizer
+
+from ..datasets.buckets import Shot, Size
+from . import cpukernels
+from .adapter import let_drop, tuner_layers
+from .anatomy import skeleton
+from .architectures import ARCHITECTURES
+from .bases import NO_MODEL, POCKET, BaseInfo
+from .config import RunConfig
+from .cpukernels import speed_up_on_cpu
+from .device import Device, binary, process_bytes
+from .dryrun import Autocast, Taken, forward_alone, forward_and_backward
+from .errors import BaseModelError, first_line
+from .fastlora import speed_up
+from .fitting import put_on, trained_parameters
+from .flat import can_be_flat
+from .loop import DTYPES, Denoiser, MixedPrecision, base_dtype, mixed_precision
+from .models import Base, Conditions, Tokens, saved_tokenizer
+from .noise import image_loss
+from .optim import make_optimizer
+from .plan import Plan
+from .sample import pictures_at_once
+from .shelf import LEAST
+from .singlefile import read_single_file, read_vae_file
+
+GPU_OVERHEAD = 640 * 2**20
+"""Bytes of a GPU's memory beside tensors: the CUDA context (about 450 MiB), workspaces of cuDNN and cuBLAS, and what
+PyTorch's allocator cannot hand out. From other trainers' reports; it was not measured here on a GPU."""
+_PIECE = 2**20
+"""Numbers of a trained weight on which the optimizer is tried at most."""
+_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_LONGEST_CAPTIONS = 20
+"""So many are cut into tokens, to find the one that has most."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that takes memory."""
+
+    name: str
+    size: int
+    """Bytes."""
+    why: str
+
+    def facts(self) -> dict[str, Any]:
+        return {"name": self.name, "bytes": self.size, "why": self.why}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run, at the moment at which it takes most."""
+
+    name: str
+    items: tuple[Item, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(item.size for item in self.items)
+
+    def facts(self) -> dict[str, Any]:
+        return {"stage": self.name, "bytes": self.size, "items": [item.facts() for item in self.items]}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a run takes of a device's memory."""
+
+    encoding: Stage
+    training: Stage
+    drawing: Stage | None
+    """None where no previews are drawn."""
+
+    @property
+    def stages(self) -> list[Stage]:
+        return [stage for stage in (self.encoding, self.training, self.drawing) if stage]
+
+    @property
+    def peak(self) -> int:
+        return max(stage.size for stage in self.stages)
+
+    def facts(self) -> dict[str, Any]:
+        return {"peak_bytes": self.peak, "stages": [stage.facts() for stage in self.stages]}
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The batch that takes most: the last one of a bucket may be smaller, and a bucket may never fill one."""
+
+    width: int
+    height: int
+    shots: tuple[Shot, ...]
+
+    @classmethod
+    def of(cls, plan: Plan) -> Largest:
+        """Of the first epoch that has any: an image may come in every other epoch only."""
+        batches = next(batches for number in count() if (batches := plan.order.epoch(number)))
+        return max((cls(*_bucket_of(plan, batch[0]), tuple(batch)) for batch in batches), key=_pixels)
+
+    @property
+    def images(self) -> int:
+        return len(self.shots)
+
+
+def _bucket_of(plan: Plan, shot: Shot) -> Size:
+    buckets = plan.examples[shot.image].entry.buckets
+    return buckets[shot.number % len(buckets)]
+
+
+def _pixels(largest: Largest) -> int:
+    return largest.width * largest.height * largest.images
+
+
+def _tokenizer_of(base: Base) -> CLIPTokenizer:
+    """It says how many tokens a text has; files and random bases have CLIP's own."""
+    source = base.info.source
+    if not (source.startswith("random:") or Path(source).is_file()):
+        return saved_tokenizer(base.info, "tokenizer")
+    places = base.text_encoders["text_encoder"].config.max_position_embeddings
+    return CLIPTokenizer.from_pretrained(POCKET / "tokenizer", model_max_length=places)
+
+
+def _most_chunks(plan: Plan, base: Base) -> int:
+    """The most chunks of tokens that a caption takes."""
+    captions = {caption for example in plan.examples for caption in example.captions} | {""}
+    return max(base.tokenize(sorted(captions, key=len)[-_LONGEST_CAPTIONS:]).chunks)
+
+
+def footprint(plan: Plan, device: Device) -> Footprint:
+    """What the run of a plan takes of a device.
+
+    Raises:
+        BaseModelError: if the configuration of the base's VAE cannot be read.
+    """
+    return ForeseenRun(plan, device).footprint()
+
+
+def precision_on(device: Device, config: RunConfig) -> MixedPrecision:
+    """The precision of base and activations there; of a card that is not here, that of one that has bf16."""
+    if config.runtime.precision == "auto" and not device.is_here:
+        return "bf16"
+    return mixed_precision(config.runtime.precision)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the stages
+
+
+class ForeseenRun:
+    """The model of a run, in shapes, as the loop makes it."""
+
+    def __init__(self, plan: Plan, device: Device) -> None:
+        self.plan, self.config, self.device = plan, plan.config, device
+        self.precision: MixedPrecision = precision_on(device, self.config)
+        self.ordered = 0
+        self.dtype = base_dtype(self.config, self.precision)
+        self.base = skeleton(plan.base)
+        for module in self.base.components.values():
+            module.to(self.dtype)
+        self.base.tokenizers = [_tokenizer_of(self.base)] * len(self.base.text_encoders)
+        self.largest, self.chunks = Largest.of(plan), _most_chunks(plan, self.base)
+        self.weights = {name: _bytes(module) for name, module in self.base.components.items()}
+        self.numbers = {name: _numbers(module) for name, module in self.base.components.items()}
+        config = self.config
+        put_on(self.base, config.adapter, config.seed, config.block, config.trigger)
+        self._prepare()
+        self.vae = _vae_of(plan.base).to(DTYPES[mixed_precision(config.runtime.vae_precision)])
+
+    def _prepare(self) -> None:
+        """As `Trainer._prepare` does it."""
+        config, base = self.config, self.base
+        if config.runtime.gradient_checkpointing:
+            base.unet.enable_gradient_checkpointing()
+            for encoder in base.text_encoders.values() if config.adapter.trains_text else ():
+                enable = getattr(encoder, "activation_checkpointing_enable", None)
+                (enable or encoder.gradient_checkpointing_enable)()
+                encoder.train()
+            base.unet.train()
+        let_drop(base, config.adapter.drops)
+        components = base.components.values()
+        if config.runtime.channels_last:
+            base.unet.to(memory_format=torch.channels_last)
+        elif config.runtime.cpu_kernels and not self.device.is_gpu:
+            speed_up_on_cpu(base.unet, self.plan.latents_at_once)
+            self.ordered = _keep_in_order(base.unet)
+        fast = sum(map(speed_up, components)) if config.runtime.fast_lora else 0
+        all_are_fast = fast == sum(1 for component in components for _ in tuner_layers(component))
+        is_lean = self.dtype == torch.bfloat16 and all_are_fast and not config.adapter.new_tokens
+        self.autocasts = self.precision != "no" and (config.runtime.autocast or not is_lean)
+        self.denoiser = Denoiser(base, config.adapter.trains_text)
+
+    def footprint(self) -> Footprint:
+        return Footprint(self._encoding(), self._training(), self._drawing() if self.config.sample.every else None)
+
+    def _encoding(self) -> Stage:
+        """Everything is there, and the largest picture is in the VAE; more of them are only where there is room."""
+        width, height = self.largest.width, self.largest.height
+        taken = forward_alone(lambda: self._posterior(width, height), _tensors(self.vae))
+        why = f"the VAE encodes one picture of {width}x{height} at a time, in {_NAMES[self.vae.dtype]}"
+        items = [self._around, *self._frozen(["unet", *self.base.text_encoders]), self._vae]
+        return Stage("encoding images", (*items, Item("activations", taken.peak, why)))
+
+    def _training(self) -> Stage:
+        taken, largest = self.step(), self.largest
+        gradients = self._gradient_bytes
+        active = taken.peak if can_be_flat(self.config) else max(taken.peak, gradients) - gradients
+        pictures = "1 picture" if largest.images == 1 else f"{largest.images} pictures"
+        kept = f"{binary(taken.kept)} kept for the backward pass" + (
+            ", all else computed again" if self.config.runtime.gradient_checkpointing else ""
+        )
+        why = f"{pictures} of {largest.width}x{largest.height} at once: {kept}"
+        items = [self._around, *self._frozen(self._at_work), *self._staying, *self._of_what_is_trained(), *self._copies]
+        return Stage("training", (*items, Item("activations", active, why)))
+
+    def _drawing(self) -> Stage:
+        """Everything is there again; of a GPU only the least is asked, one picture at a time."""
+        side = self.plan.base.resolution
+        pictures = 1 if self.device.is_gpu else min(len(self.config.sample.prompts), pictures_at_once(side)) or 1
+        denoising = forward_alone(lambda: self._denoised(side, 2 * pictures), _tensors(self.denoiser), self._autocast())
+        decoding = forward_alone(lambda: self._decoded(side, pictures), _tensors(self.vae))
+        longest = "the UNet draws" if denoising.peak > decoding.peak else "the VAE decodes"
+        one = "one picture" if pictures == 1 else f"{pictures} pictures"
+        items = [self._around, *self._frozen(["unet", *self.base.text_encoders]), self._vae]
+        items += [*self._of_what_is_trained(), *self._copies]
+        if self._has_averages:
+            items.append(Item("trained weights put aside", 4 * self._trained_numbers, "averaged ones draw instead"))
+        why = f"{longest} {one} of {side}x{side} at a time"
+        return Stage("drawing previews", (*items, Item("activations", max(denoising.peak, decoding.peak), why)))
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _around(self) -> Item:
+        if self.device.kind == "cuda":
+            return Item("CUDA", GPU_OVERHEAD, "its context, workspaces of cuDNN and cuBLAS: an estimate")
+        return Item("process", process_bytes(), "PyTorch and other libraries, as measured in this process")
+
+    def _frozen(self, names: Sequence[str]) -> list[Item]:
+        return [
+            Item(_TITLES[name], self.weights[name], f"{_millions(self.numbers[name])} weights in {_NAMES[self.dtype]}")
+            for name in names
+        ]
+
+    @property
+    def _vae(self) -> Item:
+        why = f"{_millions(_numbers(self.vae))} weights in {_NAMES[self.vae.dtype]}"
+        return Item("VAE", _bytes(self.vae), why)
+
+    @property
+    def _at_work(self) -> list[str]:
+        """What a step computes with."""
+        return ["unet", *(self.base.text_encoders if self.config.adapter.trains_text else ())]
+
+    @property
+    def _staying(self) -> list[Item]:
+        """What does not rest while the run trains: small encoders without a GPU stay where they are (`shelf.py`)."""
+        frozen = [name for name in self.base.components if name not in self._at_work]
+        items = [*self._frozen(frozen), self._vae]
+        rests = self.device.is_gpu or sum(item.size for item in items) >= LEAST
+        return [] if rests else items
+
+    @property
+    def _copies(self) -> list[Item]:
+        why = "convolutions once more for each direction, in oneDNN's order"
+        return [Item("copies of weights", self.ordered, why)] if self.ordered else []
+
+    # -- what is trained ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for module in self.base.components.values() for parameter in trained_parameters(module)]
+
+    @property
+    def _trained_numbers(self) -> int:
+        return sum(parameter.numel() for parameter in self._trained)
+
+    @property
+    def _gradient_bytes(self) -> int:
+        return 4 * self._trained_numbers
+
+    @property
+    def _has_averages(self) -> bool:
+        return bool(self.config.optimizer.ema_decay)
+
+    def _of_what_is_trained(self) -> Iterator[Item]:
+        """Of a whole model the trained weights themselves are the base's, and are counted there."""
+        weights, optimizer = _millions(self._trained_numbers), self.config.optimizer
+        if self.config.adapter.kind != "full":
+            yield Item("adapter", 4 * self._trained_numbers, f"{weights} weights in fp32")
+        yield Item("gradients", self._gradient_bytes, f"of {weights} weights in fp32")
+        state = state_bytes(self.config, [tuple(one.shape) for one in self._trained])
+        yield Item("optimizer", state, f"what {optimizer.kind} keeps of each weight")
+        if self._has_averages:
+            yield Item("averages", 4 * self._trained_numbers, "a running average of each weight, in fp32")
+
+    # -- dry runs -----------------------------------------------------------------------------------------------------
+
+    def _autocast(self) -> Autocast | None:
+        return Autocast(DTYPES[self.precision], self.device.is_gpu) if self.autocasts else None
+
+    def step(self) -> Taken:
+        """A forward and a backward pass, with gradients that are there before where they are views of a whole."""
+        present = list(_tensors(self.denoiser))
+        if can_be_flat(self.config):
+            for parameter in self._trained:
+                parameter.grad = torch.zeros_like(parameter)
+                present.append(parameter.grad)
+        recomputes = self.config.runtime.gradient_checkpointing
+        taken = forward_and_backward(self._loss, present, self._autocast(), recomputes)
+        for parameter in self._trained:
+            parameter.grad = None
+        return taken
+
+    def _loss(self) -> Tensor:
+        objective, largest = self.config.objective, self.largest
+        factor = self.plan.base.vae_factor
+        shape = (largest.images, 4, largest.height // factor, largest.width // factor)
+        text = self._tokens() if self.config.adapter.trains_text else self._conditions(largest.images, self.chunks)
+        predicted = self.denoiser(*self._noisy(shape), text, torch.zeros(largest.images, 6))
+        return image_loss(objective.loss, predicted, torch.zeros(shape), torch.ones(largest.images), None).sum()
+
+    def _noisy(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        return torch.zeros(shape, dtype=self.dtype), torch.zeros(shape[0], dtype=torch.long)
+
+    def _tokens(self) -> Tokens:
+        images, chunks = self.largest.images, self.chunks
+        ids = [torch.zeros(images * chunks, self._length, dtype=torch.long)] * len(self.base.text_encoders)
+        return Tokens(ids, [chunks] * images)
+
+    def _conditions(self, images: int, chunks: int) -> Conditions:
+        unet, pooled = self.base.unet.config, None
+        if self.plan.base.family == "sdxl":
+            width = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
+            pooled = torch.zeros(images, width, dtype=self.dtype)
+        return Conditions(
+            torch.zeros(images, chunks * self._length, unet.cross_attention_dim, dtype=self.dtype), pooled
+        )
+
+    @property
+    def _length(self) -> int:
+        """Tokens of a chunk."""
+        return self.base.tokenizers[0].model_max_length
+
+    def _denoised(self, side: int, images: int) -> Tensor:
+        edge = side // self.plan.base.vae_factor
+        noisy, t = self._noisy((images, 4, edge, edge))
+        return self.base.family.predict(self.base.unet, noisy, t, self._conditions(images, 1), torch.zeros(images, 6))
+
+    def _posterior(self, width: int, height: int) -> Any:
+        picture = torch.zeros(1, 3, height, width)
+        return self.vae.encode(picture.to(self.vae.dtype)).latent_dist.parameters.float()
+
+    def _decoded(self, side: int, pictures: int) -> Tensor:
+        edge = side // self.plan.base.vae_factor
+        return self.vae.decode(torch.zeros(pictures, 4, edge, edge, dtype=self.vae.dtype)).sample.float()
+
+
+def _keep_in_order(unet: Any) -> int:
+    """Let convolutions keep nothing that a CPU would compute in oneDNN's own order (`cpukernels.py`), which there is
+    not on the meta device; returns the bytes of the copies of their weights that this takes."""
+    if cpukernels._bytes_of_convolutions(unet) > cpukernels.MOST_KEPT_TWICE or not _computes_bf16():
+        return 0
+    size = 0
+    for name, module in unet.named_modules():
+        is_one = isinstance(module, nn.Conv2d) and cpukernels._keeps_size(module) and not name.endswith(".base_layer")
+        if is_one and module.weight.dtype == torch.bfloat16:
+            module.forward = partial(_KeepsNothing.apply, module)
+            size += 2 * _tensor_bytes(module.weight)
+    return size
+
+
+def _computes_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class _KeepsNothing(torch.autograd.Function):
+    """A frozen convolution, of which only shapes matter."""
+
+    @staticmethod
+    def forward(ctx: Any, convolution: nn.Conv2d, x: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return functional.conv2d(x.to(convolution.weight.dtype), convolution.weight, None, padding=convolution.padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0].new_empty(ctx.shape, dtype=ctx.dtype)
+
+
+def _vae_of(info: BaseInfo) -> Any:
+    """The VAE without its weights, frozen.
+
+    Raises:
+        BaseModelError: if its configuration makes no model.
+    """
+    source, own = info.vae or info.source, not info.vae
+    try:
+        if source.startswith("random:"):
+            config: Any = ARCHITECTURES[source.removeprefix("random:")]["vae"]
+        elif Path(source).is_file():
+            file = Path(source)
+            config = read_single_file(file, "base.model").configs["vae"] if own else read_vae_file(file, "base.vae")[1]
+        else:
+            subfolder, revision = ("vae", info.revision) if own else (info.vae_subfolder, info.vae_revision)
+            config = AutoencoderKL.load_config(source, subfolder=subfolder or None, revision=revision or None)
+        with torch.device("meta"):
+            return AutoencoderKL.from_config(config).requires_grad_(False).eval()  # pyright: ignore
+    except (OSError, *NO_MODEL) as error:
+        what = f"its configuration makes no VAE: {first_line(error)}"
+        raise BaseModelError(what, "base.vae" if info.vae else "base.model", "Save or download it again.") from error
+
+
+def state_bytes(config: RunConfig, shapes: Iterable[tuple[int, ...]]) -> int:
+    """What the optimizer keeps of trained weights of these shapes: it takes a step on one of each shape, and what it
+    then has is counted. Of a large weight a part is taken, for what is kept of it grows with it."""
+    counted = Counter(shapes)
+    if can_be_flat(config):
+        counted = Counter([(sum(_size_of(shape) * times for shape, times in counted.items()),)])
+    return sum(times * _state_of(config, shape) for shape, times in counted.items())
+
+
+def _state_of(config: RunConfig, shape: tuple[int, ...]) -> int:
+    """Bytes for one weight of a shape."""
+    rows = max(1, min(shape[0], _PIECE * shape[0] // _size_of(shape))) if shape else 1
+    piece = nn.Parameter(torch.zeros(rows, *shape[1:]) if shape else torch.zeros(()))
+    piece.grad = torch.ones_like(piece)
+    optimizer = make_optimizer(config.optimizer, [{"params": [piece], "lr": 1e-6}])
+    optimizer.step()
+    kept = [value for value in optimizer.state[piece].values() if isinstance(value, Tensor)]
+    return round(sum(map(_tensor_bytes, kept)) * (shape[0] / rows if shape else 1))
+
+
+def _size_of(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _tensor_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _tensors(module: Any) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers())
+
+
+def _bytes(module: Any) -> int:
+    return sum(map(_tensor_bytes, _tensors(module)))
+
+
+def _numbers(module: Any) -> int:
+    return sum(tensor.numel() for tensor in module.parameters())
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.4g} million" if number >= 1e6 else f"{number:,}"
+
+
+_TITLES = {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}

@@ -1,0 +1,142 @@
+"""What makes a run fast and lean: which of it is on for this run and device, and why, or why it is off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .adapter import tuner_layers
+from .config import RunConfig
+from .device import kind_here
+from .fastlora import speed_up
+from .flat import can_be_flat
+from .loop import MixedPrecision, mixed_precision
+from .models import Base
+from .shelf import LEAST
+
+_ON_THE_DISK = f"on the disk while the run trains, if together they take {LEAST >> 20} MiB or more"
+
+
+@dataclass(frozen=True)
+class Technique:
+    """Something that saves time or memory, or is meant to."""
+
+    name: str
+    is_on: bool
+    why: str
+
+    def facts(self) -> dict[str, Any]:
+        return {"name": self.name, "on": self.is_on, "why": self.why}
+
+
+def fast_share(base: Base) -> float:
+    """The share of the adapter's layers that can compute the fast way, tried on a base that is not needed any more."""
+    components = base.components.values()
+    layers = sum(1 for component in components for _ in tuner_layers(component))
+    return sum(map(speed_up, components)) / layers if layers else 0.0
+
+
+def techniques_here(config: RunConfig, fast: float) -> Iterator[Technique]:
+    """Those of a run on this computer."""
+    return techniques(config, kind_here() != "cpu", mixed_precision(config.runtime.precision), fast)
+
+
+def techniques(config: RunConfig, on_gpu: bool, precision: MixedPrecision, fast: float) -> Iterator[Technique]:
+    """All of them; `fast` is the share of the adapter's layers that can compute the fast way."""
+    yield _fast_lora(config, fast)
+    yield _no_autocast(config, precision, fast)
+    yield _flat_optimizer(config)
+    yield _cpu_kernels(config, on_gpu)
+    yield _channels_last(config, on_gpu)
+    yield _cached_images()
+    yield _cached_captions(config)
+    yield _resting_encoders(config, on_gpu)
+    yield _gradient_checkpointing(config)
+
+
+def _fast_lora(config: RunConfig, fast: float) -> Technique:
+    name, adapter = "fast_lora", config.adapter
+    if adapter.kind != "lora":
+        return Technique(name, False, f"layers of kind {adapter.kind} compute as PEFT has them")
+    if not config.runtime.fast_lora:
+        return Technique(name, False, "runtime.fast_lora is false")
+    if not fast:
+        why = "adapter.dropout is set" if adapter.dropout else "no layer is a plain one"
+        return Technique(name, False, f"{why}, so that layers compute as PEFT has them")
+    which = "each LoRA layer is" if fast == 1 else f"{fast:.0%} of the LoRA layers, all but convolutions, are"
+    return Technique(name, True, f"{which} one function that keeps its input and a projection of it, and no more")
+
+
+def _no_autocast(config: RunConfig, precision: MixedPrecision, fast: float) -> Technique:
+    name, runtime = "no autocast", config.runtime
+    if precision == "no":
+        return Technique(name, True, "all is computed in fp32, and nothing is cast")
+    reasons = {
+        "runtime.autocast is true": runtime.autocast,
+        "fp16 would overflow without it": precision == "fp16",
+        "a whole model is kept in fp32 and has to be cast": config.adapter.kind == "full",
+        "the embeddings of new tokens are kept in fp32": config.adapter.new_tokens > 0,
+        "not all layers of the adapter compute the fast way": not runtime.fast_lora or fast < 1,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            return Technique(name, False, reason)
+    return Technique(name, True, "the base computes in bf16 as it is, without casts back and forth between layers")
+
+
+def _flat_optimizer(config: RunConfig) -> Technique:
+    name = "flat_optimizer"
+    if can_be_flat(config):
+        return Technique(name, True, "what is trained lies side by side, so that AdamW's step is one operation")
+    reasons = {
+        "runtime.flat_optimizer is false": not config.runtime.flat_optimizer,
+        f"{config.optimizer.kind} may look at single matrices": config.optimizer.kind != "adamw",
+        "a whole model has few and large matrices, and no room for another copy": config.adapter.kind == "full",
+    }
+    left_out = "adapter.module_dropout leaves out single matrices"
+    return Technique(name, False, next((reason for reason, holds in reasons.items() if holds), left_out))
+
+
+def _cpu_kernels(config: RunConfig, on_gpu: bool) -> Technique:
+    name, runtime = "cpu_kernels", config.runtime
+    if on_gpu:
+        return Technique(name, False, "a GPU computes")
+    if not runtime.cpu_kernels:
+        return Technique(name, False, "runtime.cpu_kernels is false")
+    if runtime.channels_last:
+        return Technique(name, False, "runtime.channels_last takes its place")
+    return Technique(name, True, "small convolutions and short attention are products of matrices, faster on a CPU")
+
+
+def _channels_last(config: RunConfig, on_gpu: bool) -> Technique:
+    if config.runtime.channels_last:
+        return Technique("channels_last", True, "runtime.channels_last is true")
+    pays = "it pays on some cards and costs on others: measure it with lorasmith bench"
+    return Technique("channels_last", False, pays if on_gpu else "on a CPU cpu_kernels gains more")
+
+
+def _cached_images() -> Technique:
+    why = "the VAE works once for each picture: mean and deviation are kept, and each step draws a fresh sample"
+    return Technique("cached images", True, why)
+
+
+def _cached_captions(config: RunConfig) -> Technique:
+    name = "cached captions"
+    if config.adapter.trains_text:
+        trained = "text encoders are trained" if config.adapter.text_encoder else "new tokens are trained"
+        return Technique(name, False, f"{trained}, so that each step reads captions anew")
+    return Technique(name, True, "text encoders are frozen and work once for each caption")
+
+
+def _resting_encoders(config: RunConfig, on_gpu: bool) -> Technique:
+    who = "the VAE waits" if config.adapter.trains_text else "VAE and text encoders wait"
+    where = "in the computer's memory while the GPU trains" if on_gpu else _ON_THE_DISK
+    return Technique("resting encoders", True, f"{who} {where}")
+
+
+def _gradient_checkpointing(config: RunConfig) -> Technique:
+    name = "gradient_checkpointing"
+    if config.runtime.gradient_checkpointing:
+        return Technique(name, True, "activations are computed again in the backward pass: less memory, more time")
+    return Technique(name, False, "it costs a third more time; lorasmith plan --vram says when memory needs it")
