@@ -111,6 +111,7 @@ class Trainer:
         self.alphas_cumprod: Tensor = self.base.scheduler.alphas_cumprod.float()
         self._fill_caches()
         self.shelf = self._make_shelf()
+        self._let_rest()
         self._put_on(afresh=checkpoint is None)
         self._prepare(checkpoint)
         self.drawing = Drawing.of(self.config.sample, plan.base.resolution)

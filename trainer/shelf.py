@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import tempfile
 import weakref
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,6 +53,7 @@ class Shelf:
         for tensor in self.tensors:
             tensor.data = torch.empty(0, dtype=tensor.dtype)
         self.is_away = True
+        _give_back_what_is_free()
 
     def _write(self) -> list[int]:
         checksums = []
@@ -78,6 +82,13 @@ class Shelf:
                 raise TrainingError(what, "runtime.cache", fix)
             tensor.data = found
         self.is_away = False
+
+
+def _give_back_what_is_free() -> None:
+    """glibc keeps what was freed in its heap, for this process alone; musl has no such call, nor have other systems."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _tensors(modules: Sequence[nn.Module]) -> Iterator[Tensor]:
