@@ -45,7 +45,7 @@ def build(context: Context) -> gr.Blocks:
         _header(blocks, context)
         timers = {page: gr.Timer(OFTEN, active=page == "images") for page in PAGES}
         with gr.Tabs() as context.tabs:
-            tabs = {page: gr.Tab(title, id=page) for page, title in PAGES.items()}
+            tabs = {page: gr.Tab(title, id=page, elem_id=f"page-{page}") for page, title in PAGES.items()}
         clocks = {page: Clock(timers[page], tab.select) for page, tab in tabs.items()}
         with tabs["images"]:
             images = images_page(context, clocks["images"])
@@ -55,8 +55,9 @@ def build(context: Context) -> gr.Blocks:
             compare_page(context, clocks["compare"])
         with tabs["share"]:
             share_page(context, clocks["share"])
+        by_id = {f"page-{page}": timer for page, timer in timers.items()}
         for page, tab in tabs.items():
-            tab.select(None, None, [*timers.values()], js=switch([*timers.values()], timers[page]), **QUIETLY)
+            tab.select(None, None, [*timers.values()], js=switch(by_id, f"page-{page}"), **QUIETLY)
     for listener in blocks.fns.values():
         listener.show_progress_on = []  # for each place of a spinner the browser walks over the page at every event
         if listener.api_name not in NAMES:  # also Gradio's own, which fill a box when a page is opened

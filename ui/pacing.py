@@ -6,7 +6,8 @@ shown, and what it found is followed only when it is something else than before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,15 @@ def next_look(interval: float, is_news: bool) -> Any:
     return gr.skip() if wanted == interval else gr.Timer(wanted)
 
 
-def switch(timers: Sequence[gr.Timer], on: gr.Timer) -> str:
-    """JavaScript that lets one timer tick, each second at first, and no other."""
-    updates = (f'{{__type__: "update", active: {str(timer is on).lower()}, value: {OFTEN}}}' for timer in timers)
-    return f"() => [{', '.join(updates)}]"
+def switch(timers: Mapping[str, gr.Timer], chosen: str) -> str:
+    """JavaScript that lets the timer of the page that is shown tick, each second at first, and no other.
+
+    It looks which one that is: a page tells of its first tab late, when a person may have chosen another. `timers` are
+    by the pages' ids in the document; `chosen` is the one that was told, should none be in sight.
+    """
+    return f"""async () => {{
+        await new Promise((done) => setTimeout(done, 50));
+        const pages = {json.dumps([*timers])};
+        const shown = pages.find((page) => document.getElementById(page)?.checkVisibility()) ?? {json.dumps(chosen)};
+        return pages.map((page) => ({{ __type__: "update", active: page === shown, value: {OFTEN} }}));
+    }}"""
