@@ -74,5 +74,5 @@ def test_commands_and_their_options_exist(page: Path):
     for line in re.findall(r"^(?:\S*[/\\])?lorasmith (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
         name, *words = line.partition("#")[0].split()
         assert name in commands, line
-        known = {option for parameter in commands[name].params for option in parameter.opts}
+        known = {option for parameter in commands[name].params for option in parameter.opts + parameter.secondary_opts}
         assert {word for word in words if word.startswith("--")} <= known, line
