@@ -24,16 +24,14 @@ from transformers import CLIPTokenizer
 
 from ..datasets.buckets import Shot, Size
 from . import cpukernels
-from .adapter import let_drop, tuner_layers
+from .adapter import let_drop
 from .anatomy import skeleton
 from .architectures import ARCHITECTURES
 from .bases import NO_MODEL, POCKET, BaseInfo
 from .config import RunConfig
-from .cpukernels import speed_up_on_cpu
 from .device import Device, binary, process_bytes
 from .dryrun import Autocast, Taken, forward_alone, forward_and_backward
 from .errors import BaseModelError, first_line
-from .fastlora import speed_up
 from .fitting import put_on, trained_parameters
 from .flat import can_be_flat
 from .loop import DTYPES, Denoiser, MixedPrecision, base_dtype, mixed_precision
@@ -44,6 +42,7 @@ from .plan import Plan
 from .sample import pictures_at_once
 from .shelf import LEAST
 from .singlefile import read_single_file, read_vae_file
+from .speed import compute_fast, recompute_activations
 
 GPU_OVERHEAD = 640 * 2**20
 """Bytes of a GPU's memory beside tensors: the CUDA context (about 450 MiB), workspaces of cuDNN and cuBLAS, and what
@@ -189,25 +188,13 @@ class ForeseenRun:
 
     def _prepare(self) -> None:
         """As `Trainer._prepare` does it."""
-        config, base = self.config, self.base
-        if config.runtime.gradient_checkpointing:
-            base.unet.enable_gradient_checkpointing()
-            for encoder in base.text_encoders.values() if config.adapter.trains_text else ():
-                enable = getattr(encoder, "activation_checkpointing_enable", None)
-                (enable or encoder.gradient_checkpointing_enable)()
-                encoder.train()
-            base.unet.train()
+        config, base, on_cpu = self.config, self.base, not self.device.is_gpu
+        recompute_activations(base, config)
         let_drop(base, config.adapter.drops)
-        components = base.components.values()
-        if config.runtime.channels_last:
-            base.unet.to(memory_format=torch.channels_last)
-        elif config.runtime.cpu_kernels and not self.device.is_gpu:
-            speed_up_on_cpu(base.unet, self.plan.latents_at_once)
+        needs_autocast = compute_fast(base, config, self.dtype, self.plan.latents_at_once, on_cpu)
+        if on_cpu and config.runtime.cpu_kernels and not config.runtime.channels_last:
             self.ordered = _keep_in_order(base.unet)
-        fast = sum(map(speed_up, components)) if config.runtime.fast_lora else 0
-        all_are_fast = fast == sum(1 for component in components for _ in tuner_layers(component))
-        is_lean = self.dtype == torch.bfloat16 and all_are_fast and not config.adapter.new_tokens
-        self.autocasts = self.precision != "no" and (config.runtime.autocast or not is_lean)
+        self.autocasts = self.precision != "no" and needs_autocast
         self.denoiser = Denoiser(base, config.adapter.trains_text)
 
     def footprint(self) -> Footprint:

@@ -30,10 +30,8 @@ from .adapter import ADAPTER, adapter_state, let_drop, load_adapter_state, stren
 from .averages import Averages
 from .checkpoint import Checkpoint, TrainState, prune_checkpoints, save_checkpoint
 from .config import Precision, RunConfig
-from .cpukernels import speed_up_on_cpu
 from .errors import Mending, TrainingError
 from .events import Checkpointed, Event, Phase, PlanMade, Sampled, Step, Warned
-from .fastlora import speed_up
 from .fitting import parameter_groups, parts, put_on, read_start
 from .flat import Flat, can_be_flat
 from .idle import RATES
@@ -46,6 +44,7 @@ from .optim import effective_rates, load_optimizer, make_optimizer, schedule_fac
 from .plan import Plan, prompts_from
 from .sample import Drawing, draw, drawn_like, save_previews
 from .shelf import Shelf
+from .speed import compute_fast, recompute_activations
 from .story import DRAWING, SAVING
 
 Emit = Callable[[Event], None]
@@ -316,13 +315,7 @@ class Trainer:
         config, base = self.config, self.base
         if config.runtime.attention == "xformers":
             base.unet.enable_xformers_memory_efficient_attention()
-        if config.runtime.gradient_checkpointing:
-            base.unet.enable_gradient_checkpointing()
-            for encoder in base.text_encoders.values() if config.adapter.trains_text else ():
-                enable = getattr(encoder, "activation_checkpointing_enable", None)  # its name in newer transformers
-                (enable or encoder.gradient_checkpointing_enable)()
-                encoder.train()
-            base.unet.train()  # both libraries recompute only in training mode; neither has dropout here
+        recompute_activations(base, config)
         let_drop(base, config.adapter.drops)
         denoiser = Denoiser(base, config.adapter.trains_text, self._speed_up())
         self.denoiser = self.accelerator.prepare(denoiser)  # may put weights elsewhere: they are laid out next
@@ -353,17 +346,10 @@ class Trainer:
 
     def _speed_up(self) -> bool:
         """Let the base and its plain LoRA layers compute the fast way; returns whether they still need autocast."""
-        config, components = self.config, self.base.components.values()
+        config, base = self.config, self.base
         if config.runtime.autocast and self.accelerator.mixed_precision == "no":
             self.emit(Warned("runtime.autocast has no effect: here all is computed in fp32, and nothing is cast"))
-        if config.runtime.channels_last:
-            self.base.unet.to(memory_format=torch.channels_last)
-        elif config.runtime.cpu_kernels and self.base.device.type == "cpu":
-            speed_up_on_cpu(self.base.unet, self.plan.latents_at_once)
-        fast = sum(map(speed_up, components)) if config.runtime.fast_lora else 0
-        all_are_fast = fast == sum(1 for component in components for _ in tuner_layers(component))
-        is_lean = self.dtype == torch.bfloat16 and all_are_fast and not config.adapter.new_tokens
-        return config.runtime.autocast or not is_lean
+        return compute_fast(base, config, self.dtype, self.plan.latents_at_once, base.device.type == "cpu")
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Put back what a checkpoint holds. Whether the run may go on from it has been decided before."""
