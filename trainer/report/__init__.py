@@ -1,0 +1,1 @@
+"""All that is to be known of a run, as one page that needs no other file: `lorasmith report`."""
