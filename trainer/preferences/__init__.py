@@ -1,0 +1,1 @@
+"""Learning from preferences: what people say of pictures, and a LoRA that is trained further by it."""
