@@ -207,6 +207,9 @@ def test_nothing_is_recommended_where_everything_copies_or_there_is_no_style_to_
         "all of them draw training images (copying is 2.00 at the least, step 2 at strength 1"
         in recommend(cells).reason
     )
+    leaks = recommend([cell(2, 1, 0.1, 0.9), cell(4, 1, 0.6, 0.8, 2)], is_leak=True)
+    assert (leaks.cell, leaks.is_overfitted) == (None, True)
+    assert leaks.reason.endswith("has leaked, from 0.10 of it at step 2 at strength 1 to 0.60 at step 4 at strength 1.")
     known = recommend([cell(2, 1, 0.9, 0.9)], knows_style=False)
     assert known.cell is None
     assert "no gain can be told" in known.reason

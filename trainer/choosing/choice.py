@@ -14,6 +14,18 @@ from ..files import write_text
 from ..jsonfile import read_json
 from ..painting.orders import WallOrder
 
+NULL_CAPTIONS = 24
+"""Captions that the base draws at most, besides a wall's prompts, to see what it does that copies nothing."""
+MEANINGS = (
+    ("style", "0: the base's own pictures; 1: as near to the training images as these are to each other."),
+    ("prompt", "1: what the base draws for the same prompt and noise, but for its look; 0: something else."),
+    (
+        "copying",
+        "0: as near to one training image as pictures are that copy nothing; above 1: nearer than 99 % of these.",
+    ),
+)
+"""Of the three scores, for who has not heard of them."""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -31,8 +43,13 @@ class Scores:
         each = list(scores)
         return cls(*(fmean(getattr(one, name) for one in each) for name in ("style", "prompt", "copying")))
 
+    @property
+    def lines(self) -> list[str]:
+        """Each with its name; never -0.00."""
+        return [f"style {self.style:z.2f}", f"prompt {self.prompt:z.2f}", f"copying {self.copying:z.2f}"]
+
     def __str__(self) -> str:
-        return f"style {self.style:.2f}, prompt {self.prompt:.2f}, copying {self.copying:.2f}"
+        return ", ".join(self.lines)
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,8 @@ class Choice:
     """Of so many."""
     base_pictures: int
     """Pictures of the base that the scales were made from."""
+    is_leak: bool = False
+    """Whether no prompt holds the trigger of the run: the style that is gained has leaked."""
 
     def cell(self, step: int, strength: float) -> JudgedCell:
         return next(cell for cell in self.cells if (cell.step, cell.strength) == (step, strength))

@@ -57,12 +57,15 @@ class ContentScale:
 
     def copying(self, pictures: Features) -> Tensor:
         """(N): 0 as pictures that copy nothing usually are, above 1 as 1 % of them."""
-        agreement = _directions(pictures.layout, self.centre) @ self.training.T
-        return (_nearness(agreement, None) - self.usual) / (self.limit - self.usual)
+        return (_nearness(self.agreement(pictures), None) - self.usual) / (self.limit - self.usual)
 
     def nearest(self, pictures: Features) -> list[int]:
         """Of each picture the training image that it agrees with most."""
-        return (_directions(pictures.layout, self.centre) @ self.training.T).argmax(1).tolist()
+        return self.agreement(pictures).argmax(1).tolist()
+
+    def agreement(self, pictures: Features) -> Tensor:
+        """(N, T): of each picture with each training image, -1 to 1."""
+        return _directions(pictures.layout, self.centre) @ self.training.T
 
 
 def _directions(layout: Tensor, centre: Tensor) -> Tensor:

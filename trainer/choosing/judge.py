@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,26 +13,17 @@ from torch import Tensor
 
 from ...datasets.workers import Progress
 from ..jobs import RunFolder
-from ..painting.orders import Cell, WallOrder, files_of
+from ..painting.orders import Cell, WallOrder
 from ..painting.studio import Studio
-from .choice import Choice, JudgedCell, JudgedPicture, Recommended, Scores
+from ..painting.wall import without_trigger
+from .choice import NULL_CAPTIONS, Choice, JudgedCell, JudgedPicture, Recommended, Scores
 from .content import ContentScale
 from .features import Features, features_of, features_of_true
 from .recommendation import recommend
 from .style import StyleScale
 from .training import TrainingImages, drawn_pictures, training_images
 
-NULL_CAPTIONS = 24
-"""Captions that the base draws, besides the wall's prompts, to see what it does that copies nothing."""
 _AT_ONCE = 8
-
-
-def orders_to_judge(order: WallOrder, images: TrainingImages) -> tuple[WallOrder, WallOrder]:
-    """What has to be drawn besides a wall itself: the base's pictures of its prompts, and of training captions."""
-    captions = list(dict.fromkeys(images.captions))
-    stride = max(1, -(-len(captions) // NULL_CAPTIONS))
-    alone = replace(order, steps=order.steps[:1], strengths=(0.0,))
-    return alone, replace(alone, prompts=tuple(captions[::stride]), seeds=order.seeds[:1])
 
 
 def judge_wall(order: WallOrder, studio: Studio, progress: Progress | None = None) -> Choice:
@@ -42,34 +33,108 @@ def judge_wall(order: WallOrder, studio: Studio, progress: Progress | None = Non
         UserError: if the training images are not there, or nothing of the wall was trained.
         RunError: if a checkpoint is not there, or the base has changed.
     """
-    run = RunFolder(Path(order.run))
-    images = training_images(run)
-    orders = (order, *orders_to_judge(order, images))
-    _draw(orders, studio, progress)
-    studio.prepare(order)
-    return _Judge.of(orders, images, studio.vae).choice()
+    case = Case.of(order)
+    missing = sum(not file.is_file() for file in case.files())
+    done = iter(range(1, missing + 1))
+    case.draw(studio, lambda: progress(next(done), missing) if progress else None)
+    return case.choice(studio)
 
 
-def _draw(orders: Sequence[WallOrder], studio: Studio, progress: Progress | None) -> None:
-    missing = [file for order in orders for file in set(_files(order).values()) if not file.is_file()]
-    total, done = len(set(missing)), iter(range(1, len(missing) + 1))
-    for order in orders:
-        files = _files(order)
-        if any(not file.is_file() for file in files.values()):
-            studio.draw(order, files, lambda: progress(next(done), total) if progress else None)
-
-
-def _files(order: WallOrder) -> dict[Cell, Path]:
-    return files_of(order, Path(order.run).parent)
-
-
-@dataclass(frozen=True, eq=False)
-class _Judge:
-    """A wall, the scales, and the base's own pictures."""
+@dataclass(frozen=True)
+class Case:
+    """A wall, and what its pictures are compared with."""
 
     order: WallOrder
     images: TrainingImages
+    triggers: tuple[str, ...]
+    """Of the run."""
+
+    @classmethod
+    def of(cls, order: WallOrder) -> Case:
+        """
+        Raises:
+            UserError: if the training images are not there.
+        """
+        run = RunFolder(Path(order.run))
+        triggers = dict.fromkeys(data.trigger for data in run.read_config().data if data.trigger)
+        return cls(order, training_images(run), tuple(triggers))
+
+    @property
+    def orders(self) -> tuple[WallOrder, WallOrder, WallOrder]:
+        """The wall, the base's pictures of its prompts, and of training captions."""
+        alone = self.order.of_the_base()
+        captions = list(dict.fromkeys(self.images.captions))
+        stride = max(1, -(-len(captions) // NULL_CAPTIONS))
+        return self.order, alone, replace(alone, prompts=tuple(captions[::stride]), seeds=self.order.seeds[:1])
+
+    @property
+    def is_leak(self) -> bool:
+        """Whether the run has a trigger that no prompt holds."""
+        texts, triggers = self.order.prompts, self.triggers
+        return bool(triggers) and all(without_trigger(text, each) == text for text in texts for each in triggers)
+
+    def files(self) -> set[Path]:
+        """All pictures that have to be drawn."""
+        return {file for order in self.orders for file in order.files().values()}
+
+    def draw(
+        self, studio: Studio, drawn: Callable[[], None] = lambda: None, after_step: Callable[[], None] = lambda: None
+    ) -> None:
+        """Draw what is missing of them, as `Studio.draw` does."""
+        for order in self.orders:
+            studio.draw(order, order.files(), drawn, after_step)
+
+    def choice(self, studio: Studio, progress: Progress | None = None) -> Choice:
+        """Score the wall, whose pictures are all there; `progress` counts those that were looked at."""
+        studio.prepare(self.order)
+        wall, *compared = (order.cells() for order in self.orders)
+        total = sum(cell.strength != 0 for cell in wall) + sum(map(len, compared)) + len(self.images.examples)
+        return Judge.of(self, _Eye(studio.vae, total, progress or _quietly)).choice()
+
+    def judge(self, studio: Studio) -> Judge:
+        """To score other pictures of its prompts than those of the wall; the base's are all there."""
+        studio.prepare(self.order)
+        return Judge.of(self, _Eye(studio.vae, 0, _quietly))
+
+
+def _quietly(done: int, total: int) -> None:
+    pass
+
+
+@dataclass
+class _Eye:
+    """Looks at pictures through the base's encoder, and says how many it has seen."""
+
     vae: AutoencoderKL
+    total: int
+    progress: Progress
+    _seen: int = field(default=0, init=False)
+
+    def drawn(self, files: Sequence[Path]) -> Features:
+        """Of pictures that a UNet has drawn."""
+        parts = (files[start : start + _AT_ONCE] for start in range(0, len(files), _AT_ONCE))
+        return self._look(features_of(self.vae, drawn_pictures(part)) for part in parts)
+
+    def true(self, images: TrainingImages, size: int) -> Features:
+        rows = range(len(images.examples))
+        parts = (rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE))
+        return self._look(features_of_true(self.vae, images.pictures(part, size)) for part in parts)
+
+    def _look(self, parts: Iterable[Features]) -> Features:
+        found: list[Features] = []
+        for part in parts:
+            found.append(part)
+            self._seen += len(part)
+            self.progress(self._seen, self.total)
+        return _together(found)
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """A wall, the scales, and the base's own pictures."""
+
+    case: Case
+    eye: _Eye
     base: Features
     """Of the wall's prompts, seed by seed within each."""
     style: StyleScale
@@ -77,56 +142,48 @@ class _Judge:
     base_pictures: int
 
     @classmethod
-    def of(cls, orders: Sequence[WallOrder], images: TrainingImages, vae: AutoencoderKL) -> _Judge:
-        order, alone, captioned = orders
-        base = _drawn(vae, list(_files(alone).values()))
-        others = _drawn(vae, list(_files(captioned).values()))
-        training = _true(vae, images, _size(next(iter(_files(alone).values()))))
+    def of(cls, case: Case, eye: _Eye) -> Judge:
+        _, alone, captioned = case.orders
+        pictures = list(alone.files().values())
+        base, others = eye.drawn(pictures), eye.drawn(list(captioned.files().values()))
+        training = eye.true(case.images, _size(pictures[0]))
         everything = _together([base, others])
         asked = [cell.prompt for one in (alone, captioned) for cell in one.cells()]
-        own = torch.tensor([[caption == prompt for caption in images.captions] for prompt in asked])
+        own = torch.tensor([[caption == prompt for caption in case.images.captions] for prompt in asked])
         style, content = StyleScale.fit(base, training), ContentScale.fit(everything, training, own)
-        return cls(order, images, vae, base, style, content, len(everything))
+        return cls(case, eye, base, style, content, len(everything))
 
     def choice(self) -> Choice:
-        cells = tuple(self._cells())
-        verdict = recommend(cells, self.style.is_known)
+        cells, images = tuple(self._cells()), self.case.images
+        verdict = recommend(cells, self.style.is_known, self.case.is_leak)
         best = verdict.cell
         return Choice(
             cells=cells,
             recommended=Recommended(best.step, best.strength) if best else None,
             reason=verdict.reason,
             is_overfitted=verdict.is_overfitted,
-            images=len(self.images.examples),
-            images_of=self.images.of,
+            images=len(images.examples),
+            images_of=images.of,
             base_pictures=self.base_pictures,
+            is_leak=self.case.is_leak,
         )
 
     def _cells(self) -> Iterator[JudgedCell]:
-        for step in self.order.steps:
-            for strength in self.order.strengths:
-                if strength:
-                    pictures = tuple(self._pictures(step, strength))
-                    yield JudgedCell(step, strength, Scores.mean(one.scores for one in pictures), pictures)
+        order = self.case.order
+        files = order.files()
+        for step in order.steps:
+            for strength in filter(None, order.strengths):
+                asked = [Cell(step, strength, prompt, seed) for prompt in order.prompts for seed in order.seeds]
+                pictures = self.judged({cell: files[cell] for cell in asked}, self.base)
+                yield JudgedCell(step, strength, Scores.mean(one.scores for one in pictures), pictures)
 
-    def _pictures(self, step: int, strength: float) -> Iterator[JudgedPicture]:
-        asked = [(prompt, seed) for prompt in self.order.prompts for seed in self.order.seeds]
-        drawn = _drawn(self.vae, [self.order.file(Cell(step, strength, *each)) for each in asked])
-        scores = (self.style.gained(drawn, self.base), self.content.kept(drawn, self.base), self.content.copying(drawn))
-        nearest = [self.images.examples[row].name for row in self.content.nearest(drawn)]
-        for (prompt, seed), name, *values in zip(asked, nearest, *map(Tensor.tolist, scores), strict=True):
-            yield JudgedPicture(prompt, seed, Scores(*values), name)
-
-
-def _drawn(vae: AutoencoderKL, files: Sequence[Path]) -> Features:
-    parts = (files[start : start + _AT_ONCE] for start in range(0, len(files), _AT_ONCE))
-    return _together([features_of(vae, drawn_pictures(part)) for part in parts])
-
-
-def _true(vae: AutoencoderKL, images: TrainingImages, size: int) -> Features:
-    rows = range(len(images.examples))
-    parts = (rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE))
-    return _together([features_of_true(vae, images.pictures(part, size)) for part in parts])
+    def judged(self, files: Mapping[Cell, Path], base: Features) -> tuple[JudgedPicture, ...]:
+        """Pictures, in the order of the base's own of the same prompts and seeds."""
+        drawn = self.eye.drawn(list(files.values()))
+        scores = (self.style.gained(drawn, base), self.content.kept(drawn, base), self.content.copying(drawn))
+        nearest = [self.case.images.examples[row].name for row in self.content.nearest(drawn)]
+        told = zip(files, nearest, *map(Tensor.tolist, scores), strict=True)
+        return tuple(JudgedPicture(cell.prompt, cell.seed, Scores(*values), name) for cell, name, *values in told)
 
 
 def _together(parts: Sequence[Features]) -> Features:

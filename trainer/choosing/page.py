@@ -10,7 +10,7 @@ from PIL import Image
 from ..painting.orders import Cell, WallOrder
 from ..painting.sheet import Notes
 from ..sharing.pictures import data_uri
-from .choice import Choice, JudgedCell, Scores
+from .choice import MEANINGS, Choice, JudgedCell, Scores
 
 _CSS = """
 body { font: 16px/1.45 system-ui, sans-serif; color: #1d1d1f; background: #fff; margin: 2rem; }
@@ -28,20 +28,12 @@ td.recommended strong { color: #1a7f37; display: block; }
 .above { color: #b42318; }
 dt { font-weight: 600; } dd { margin: 0 0 0.6rem; max-width: 60rem; }
 """
-_MEANINGS = (
-    ("style", "0: the base's own pictures; 1: as near to the training images as these are to each other."),
-    ("prompt", "1: what the base draws for the same prompt and noise, but for its look; 0: something else."),
-    (
-        "copying",
-        "0: as near to one training image as pictures are that copy nothing; above 1: as few of them are.",
-    ),
-)
 
 
 def notes_of(choice: Choice) -> Notes:
     """What the PNG says: below each picture its own scores, in a frame what is recommended."""
     cells = {
-        Cell(cell.step, cell.strength, one.prompt, one.seed): tuple(_lines(one.scores))
+        Cell(cell.step, cell.strength, one.prompt, one.seed): tuple(one.scores.lines)
         for cell in choice.cells
         for one in cell.pictures
     }
@@ -51,14 +43,12 @@ def notes_of(choice: Choice) -> Notes:
 
 def page_of(order: WallOrder, title: str, choice: Choice) -> str:
     """The whole page, with its pictures in it."""
-    walls = "".join(_wall(order, prompt, seed, choice) for prompt in order.prompts for seed in order.seeds)
-    meanings = "".join(f"<dt>{name}</dt><dd>{escape(meaning)}</dd>" for name, meaning in _MEANINGS)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}: which checkpoint, which strength</title><style>{_CSS}</style></head><body>"
         f'<h1>{escape(title)}: which checkpoint, which strength</h1><p class="reason">{escape(choice.reason)}</p>'
-        f"{_summary(order, choice)}{walls}<h2>What the numbers mean</h2><dl>{meanings}</dl>"
+        f"{summary(order, choice)}{walls(order, choice)}<h2>What the numbers mean</h2>{meanings()}"
         f"<p>{escape(looked_at(choice))}</p></body></html>\n"
     )
 
@@ -68,7 +58,18 @@ def looked_at(choice: Choice) -> str:
     return f"Compared with {some} training images and {choice.base_pictures} pictures of the base alone."
 
 
-def _summary(order: WallOrder, choice: Choice) -> str:
+def meanings() -> str:
+    """What each score says, as a list."""
+    return f"<dl>{''.join(f'<dt>{name}</dt><dd>{escape(meaning)}</dd>' for name, meaning in MEANINGS)}</dl>"
+
+
+def walls(order: WallOrder, choice: Choice) -> str:
+    """A table of pictures with their scores for each prompt and seed."""
+    return "".join(_wall(order, prompt, seed, choice) for prompt in order.prompts for seed in order.seeds)
+
+
+def summary(order: WallOrder, choice: Choice) -> str:
+    """A table of the mean scores of each checkpoint at each strength."""
     count = len(order.prompts) * len(order.seeds)
     rows = "".join(
         f'<tr><th scope="row">step {step}</th>'
@@ -111,14 +112,10 @@ def _td(choice: Choice, cell: JudgedCell, image: str, scores: Scores, told: str 
     is_best = best is not None and (cell.step, cell.strength) == (best.step, best.strength)
     lines = "<br>".join(
         f'<span class="above">{line}</span>' if name == "copying" and scores.copying > 1 else line
-        for name, line in zip(("style", "prompt", "copying"), _lines(scores), strict=True)
+        for name, line in zip(("style", "prompt", "copying"), scores.lines, strict=True)
     )
     mark, kind = ("<strong>recommended</strong>", ' class="recommended"') if is_best else ("", "")
     return f'<td{kind} title="{escape(told)}">{image}{mark}<span class="scores">{lines}</span></td>'
-
-
-def _lines(scores: Scores) -> list[str]:
-    return [f"style {scores.style:.2f}", f"prompt {scores.prompt:.2f}", f"copying {scores.copying:.2f}"]
 
 
 def _strengths(order: WallOrder) -> tuple[float, ...]:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-from .choice import JudgedCell
+from .choice import JudgedCell, JudgedPicture, Scores
 
 LIMIT = 0.5
 """Of the copying score. The mean of four pictures that copy nothing is above it in 1 % of cases."""
@@ -28,6 +29,19 @@ LITTLE = 0.25
 """Of the style score. Below it a run has hardly begun to learn."""
 
 
+class Judged(Protocol):
+    """What the rule chooses among: pictures of the same prompts and noise, and the mean of their scores."""
+
+    @property
+    def scores(self) -> Scores: ...
+
+    @property
+    def pictures(self) -> tuple[JudgedPicture, ...]: ...
+
+
+AnyJudged = TypeVar("AnyJudged", bound=Judged)
+
+
 @dataclass(frozen=True)
 class Verdict:
     cell: JudgedCell | None
@@ -35,34 +49,72 @@ class Verdict:
     is_overfitted: bool
 
 
-def recommend(cells: Sequence[JudgedCell], knows_style: bool = True) -> Verdict:
-    """Of all cells but the base; `knows_style` is false if the base's own pictures are in the style already."""
+def recommend(cells: Sequence[JudgedCell], knows_style: bool = True, is_leak: bool = False) -> Verdict:
+    """Of all cells but the base; `knows_style` is false if the base's own pictures are in the style already, and
+    `is_leak` true if no prompt asks for the style."""
     last = max(cells, key=lambda cell: (cell.step, -abs(cell.strength - 1)))
-    copies = [cell for cell in cells if cell.scores.copying > limit_of(cell)]
-    is_overfitted = last in copies
+    is_overfitted = copies(last)
     if not knows_style:
         what = "the base's own pictures are as near to the training images as these are to each other"
         return Verdict(None, f"No cell is recommended, because {what}, so that no gain can be told.", is_overfitted)
-    original = [cell for cell in cells if cell not in copies]
-    if not original:
+    if is_leak:
+        return Verdict(None, _leaks(cells), is_overfitted)
+    styled = with_most_style(sorted(cells, key=lambda cell: (cell.strength, cell.step)))
+    if not styled:
         return Verdict(None, _all_copy(cells), is_overfitted)
-    enough = LOST * max(cell.scores.prompt for cell in original)
-    following = [cell for cell in original if cell.scores.prompt >= enough]
-    most = max(map(_style, following))
-    styled = [cell for cell in following if _style(cell) >= most - NEARLY]
-    kept = max(cell.scores.prompt for cell in styled)
-    keeping = [cell for cell in styled if cell.scores.prompt >= kept - CLEARLY]
-    best = max(keeping, key=lambda cell: (_style(cell), cell.scores.prompt, -cell.strength, -cell.step))
+    best = keeping_most(styled)
     return Verdict(best, _reason(best, styled, last, is_overfitted), is_overfitted)
 
 
-def limit_of(cell: JudgedCell) -> float:
+def best_of(judged: Sequence[AnyJudged]) -> AnyJudged | None:
+    """The one that the rule prefers, the first of equals; None if all copy."""
+    styled = with_most_style(judged)
+    return keeping_most(styled) if styled else None
+
+
+def with_most_style(judged: Sequence[AnyJudged]) -> list[AnyJudged]:
+    """Of those that neither copy nor have lost their prompts, all with nearly the most style; empty if all copy."""
+    original = [one for one in judged if not copies(one)]
+    enough = LOST * max((one.scores.prompt for one in original), default=0.0)
+    following = [one for one in original if one.scores.prompt >= enough]
+    most = max(map(_style, following), default=0.0)
+    return [one for one in following if _style(one) >= most - NEARLY]
+
+
+def keeping_most(styled: Sequence[AnyJudged]) -> AnyJudged:
+    """Of those that keep nearly most of their prompts the one with most style, the first of equals."""
+    kept = max(one.scores.prompt for one in styled)
+    keeping = [one for one in styled if one.scores.prompt >= kept - CLEARLY]
+    return max(keeping, key=lambda one: (_style(one), one.scores.prompt))
+
+
+def is_clearly_better(one: Judged, other: Judged) -> bool:
+    """Whether the rule prefers one of two, by more than what makes them equal."""
+    if copies(one) or copies(other):
+        return not copies(one)
+    gained, kept = _style(one) - _style(other), one.scores.prompt - other.scores.prompt
+    return best_of([other, one]) is one and (gained > NEARLY or kept > CLEARLY)
+
+
+def copies(judged: Judged) -> bool:
+    return judged.scores.copying > limit_of(judged)
+
+
+def limit_of(judged: Judged) -> float:
     """What the mean of pictures that copy nothing rarely exceeds: it spreads less the more they are."""
-    return max(LIMIT, len(cell.pictures) ** -0.5)
+    return max(LIMIT, len(judged.pictures) ** -0.5)
 
 
-def _style(cell: JudgedCell) -> float:
-    return min(cell.scores.style, 1.0)
+def _style(judged: Judged) -> float:
+    return min(judged.scores.style, 1.0)
+
+
+def _leaks(cells: Sequence[JudgedCell]) -> str:
+    least, most = (choose(cells, key=lambda cell: cell.scores.style) for choose in (min, max))
+    return (
+        "No cell is recommended, because no prompt holds the trigger: the style that shows without it has leaked, "
+        f"from {least.scores.style:.2f} of it at {least.title} to {most.scores.style:.2f} at {most.title}."
+    )
 
 
 def _all_copy(cells: Sequence[JudgedCell]) -> str:

@@ -12,19 +12,23 @@ from torch import Tensor
 
 from ...datasets.dataset import Example, load_examples
 from ...datasets.images import read_rgb
+from ..config import RunConfig
 from ..demo import to_tensor
 from ..errors import DataError, UserError
+from ..heldout import hold_out
 from ..jobs import RunFolder
 from ..plan import base_of, bucket_rules, source_of, style_of
 
 MOST = 100
 """Images that are looked at; of more, so many are taken, spread evenly."""
+_MOST_REFINEMENTS = 1000
+"""Of refinements; a file could name its own run."""
 
 
 @dataclass(frozen=True)
 class TrainingImages:
     examples: tuple[Example, ...]
-    """Each file once, without the regularisation images."""
+    """Each file once, without regularisation images and those that are held out."""
     of: int
     """Of so many."""
 
@@ -41,8 +45,9 @@ def training_images(run: RunFolder) -> TrainingImages:
     """
     Raises:
         UserError: if they are not where the run has found them.
+        RunError: if it refines a run that is not there any more.
     """
-    config = run.read_config()
+    config = _that_taught(run)
     base = base_of(config)
     try:
         found = load_examples(
@@ -50,11 +55,22 @@ def training_images(run: RunFolder) -> TrainingImages:
         )
     except DataError as error:
         what = f"the images that it was trained on cannot be read ({error.problems[0].what})"
-        fix = "Put them back, or draw the wall without scores: --no-scores."
+        fix = "Put them back, or draw the wall without scores (in a command: --no-scores)."
         raise UserError(what, error.problems[0].where or str(run.path), fix) from error
-    distinct = list({example.item.sha256: example for example in style_of(found)}.values())
+    trained, _ = hold_out(found, config.validation)
+    distinct = list({example.item.sha256: example for example in style_of(trained)}.values())
     stride = max(1, -(-len(distinct) // MOST))
     return TrainingImages(tuple(distinct[::stride]), len(distinct))
+
+
+def _that_taught(run: RunFolder) -> RunConfig:
+    """Of a run that refines another, whose own images are rated pictures, the configuration of the one refined."""
+    config = run.read_config()
+    for _ in range(_MOST_REFINEMENTS):
+        if not config.preference.start:
+            break
+        config = RunFolder(Path(config.preference.start).expanduser().parents[1]).read_config()
+    return config
 
 
 def drawn_pictures(files: Sequence[Path]) -> Tensor:
