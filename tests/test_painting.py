@@ -19,6 +19,8 @@ from PIL import Image
 
 from lorasmith.trainer.adapter import strength
 from lorasmith.trainer.bases import inspect_base
+from lorasmith.trainer.choosing.choice import choice_file, read_choice
+from lorasmith.trainer.choosing.judge import judge_wall
 from lorasmith.trainer.config import AdapterSection
 from lorasmith.trainer.configfile import validate
 from lorasmith.trainer.errors import RunError, UserError
@@ -129,7 +131,8 @@ def test_an_order_comes_back_from_its_text_as_it_was(wall: WallOrder):
     pictures = PictureOrder(
         ("a", "\N{SNOWMAN} é"), (0, 2**63 - 1), loras=(("/a.safetensors", 0.5),), base="pocket", look=LOOK
     )
-    for order in (wall, pictures, replace(pictures, run=wall.run, step=2, strength=0.25)):
+    others = replace(pictures, run=wall.run, step=2, strength=0.25), replace(wall, scored_with=("a",))
+    for order in (wall, pictures, *others):
         assert read_order(write_order(order)) == order
 
 
@@ -162,6 +165,11 @@ WALL |= {"seeds": [1]}
         (json.dumps(WALL | {"look": {"steps": 0}}), "look.steps: should be greater"),
         (json.dumps(WALL | {"look": {"size": 5000}}), "look.size: should be less"),
         (json.dumps(WALL | {"steps": [*range(1, 60)], "seeds": [*range(60)]}), "3540 pictures are too many at once"),
+        (
+            json.dumps(WALL | {"steps": [*range(1, 60)], "scored_with": [*"bcdefghijklmnopqr"]}),
+            "1062 pictures are too many at once. Order up to 1000: fewer checkpoints, strengths or seeds, or no scores",
+        ),
+        (json.dumps(WALL | {"strengths": [0], "scored_with": []}), "strengths: 0 alone shows nothing of what was"),
         ('{"kind": "pictures", "prompts": ["a"], "seeds": [1]}', "base: neither a run nor a base is named"),
         (json.dumps({"kind": "pictures", "prompts": ["a"], "seeds": [1], "run": WALL["run"]}), "step: no checkpoint"),
         ('{"kind": "pictures", "prompts": ["a"], "seeds": [1], "base": "b", "loras": [["", 1]]}', "loras.0.0: "),
@@ -172,6 +180,15 @@ def test_what_is_no_order_is_refused_with_its_place(text: str, told: str):
     with pytest.raises(UserError) as caught:
         read_order(text)
     assert told in str(caught.value)
+
+
+def test_an_order_of_before_there_were_scores_wants_none_and_scores_make_no_picture_another(wall: WallOrder):
+    values = json.loads(write_order(wall))
+    del values["scored_with"]
+    assert read_order(json.dumps(values)) == wall
+    scored = replace(wall, scored_with=(PROMPT, "b"))
+    assert (scored.files(), scored.sheet()) == (wall.files(), wall.sheet())
+    assert scored.judged() == replace(wall, prompts=(PROMPT, "b"))
 
 
 def test_a_wall_has_the_base_once_and_then_row_by_row(wall: WallOrder):
@@ -521,6 +538,109 @@ def test_whatever_goes_wrong_is_told_by_its_name(run: RunFolder, wall: WallOrder
     assert in_the_way.message.startswith(("FileExistsError", "NotADirectoryError"))
     assert "steps: should be" in torn.message
     assert not easel.next()
+    easel.leave()
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Drawn]:
+    """All that painters of this process tell, as it is written."""
+    said: list[Drawn] = []
+    tell = Ticket.tell
+    monkeypatch.setattr(Ticket, "tell", lambda ticket, drawn: [said.append(drawn), tell(ticket, drawn)])
+    return said
+
+
+SCORED_WITH = ("trg, emoji of owl",)
+
+
+def test_a_wall_is_scored_with_further_prompts_once(run: RunFolder, wall: WallOrder, told: list[Drawn]):
+    easel = Easel(run.path.parent)
+    order = replace(wall, scored_with=SCORED_WITH)
+    [ticket] = attended(easel, order)
+    painter = Painter(easel)
+    painter.carry_out(ticket)
+    pictures = 2 * 3 + 4  # of two prompts the base and two cells, and what the base makes of four captions
+    assert ticket.state() == replace(Drawn("done", pictures, pictures), scored=1.0)
+    assert len(list((run.path / "compare").glob("*.png"))) == pictures
+    assert list(dict.fromkeys(drawn.state for drawn in told)) == ["loading", "drawing", "scoring", "done"]
+    drawing = [drawn for drawn in told if drawn.state == "drawing"]
+    assert [(drawn.done, drawn.total) for drawn in drawing] == [(done, pictures) for done in range(pictures + 1)]
+    shares = [drawn.scored for drawn in told if drawn.state == "scoring"]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0, 1)
+
+    choice = read_choice(order.judged())
+    assert choice
+    assert choice == judge_wall(order.judged(), Studio())
+    assert [len(cell.pictures) for cell in choice.cells] == [2, 2]
+    assert not choice.is_leak
+    assert read_choice(order) is None  # that of one prompt alone is another
+
+    written = choice_file(order.judged()).stat().st_mtime_ns
+    [again] = [easel.place(order)]
+    painter.carry_out(again)
+    assert again.state() == Drawn("done", 3, 3)
+    assert choice_file(order.judged()).stat().st_mtime_ns == written
+    easel.leave()
+
+
+def test_without_the_trigger_style_is_a_leak_and_nothing_is_recommended(run: RunFolder, wall: WallOrder):
+    easel = Easel(run.path.parent)
+    order = replace(wall, steps=(4,), prompts=("emoji of pizza",), scored_with=())
+    [ticket] = attended(easel, order)
+    Painter(easel).carry_out(ticket)
+    choice = read_choice(order.judged())
+    assert choice
+    assert choice.is_leak
+    assert choice.recommended is None
+    assert "no prompt holds the trigger" in choice.reason
+    easel.leave()
+
+
+def test_where_the_training_images_are_gone_the_wall_is_drawn_and_the_reason_told(
+    run: RunFolder, wall: WallOrder, told: list[Drawn], tmp_path: Path
+):
+    config = run.read_config()
+    gone = run.config.read_text(encoding="utf-8").replace(config.data[0].path, str(tmp_path / "gone"))
+    run.config.write_text(gone, encoding="utf-8")
+    easel = Easel(run.path.parent)
+    [ticket] = attended(easel, replace(wall, scored_with=SCORED_WITH))
+    Painter(easel).carry_out(ticket)
+    state = ticket.state()
+    assert (state.state, state.done, state.total) == ("done", 3, 3)
+    assert str(tmp_path / "gone") in state.unscored
+    assert state.unscored_fix.startswith("Put them back")
+    assert all(drawn.unscored for drawn in told if drawn.state == "drawing")  # it is told before, not after
+    assert len(list((run.path / "compare").glob("*.png"))) == 3
+    easel.leave()
+
+
+def test_scoring_can_be_left_and_what_fails_in_it_spoils_no_wall(
+    run: RunFolder, wall: WallOrder, monkeypatch: pytest.MonkeyPatch
+):
+    easel = Easel(run.path.parent)
+    order = replace(wall, steps=(4,), scored_with=())
+    first, second = attended(easel, order, order)
+    tell = Ticket.tell
+
+    def leave(ticket: Ticket, drawn: Drawn) -> None:
+        tell(ticket, drawn)
+        if drawn.state == "scoring":
+            first.cancel()
+
+    monkeypatch.setattr(Ticket, "tell", leave)
+    painter = Painter(easel)
+    painter.carry_out(first)
+    state = first.told()
+    assert state
+    assert (state.state, state.done) == ("cancelled", 2 + 4)
+    assert read_choice(order.judged()) is None
+
+    choice_file(order.judged()).mkdir()  # in the way of what would be written
+    painter.carry_out(second)
+    assert second.state().state == "done"
+    assert second.state().unscored.startswith(("IsADirectoryError", "PermissionError"))
+    assert all(file.is_file() for file in second.files())
     easel.leave()
 
 

@@ -14,6 +14,16 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
+from lorasmith.trainer.choosing.choice import (
+    Choice,
+    JudgedCell,
+    JudgedPicture,
+    Recommended,
+    Scores,
+    choice_file,
+    read_choice,
+    write_choice,
+)
 from lorasmith.trainer.errors import UserError
 from lorasmith.trainer.jobs import RunFolder
 from lorasmith.trainer.painting.easel import Drawn
@@ -21,10 +31,11 @@ from lorasmith.trainer.painting.orders import WallOrder
 from lorasmith.trainer.story import Story
 from lorasmith.ui.compare.choices import Choices, order_file, read_strengths, seconds_each
 from lorasmith.ui.compare.drawing import changed, progress
-from lorasmith.ui.compare.page import Seen, WallPage, pick_of, sides_of, summary_of
+from lorasmith.ui.compare.page import Seen, WallPage, pick_of, sides_of
 from lorasmith.ui.compare.playground import Playground
 from lorasmith.ui.compare.playground import Seen as PlaygroundSeen
-from lorasmith.ui.compare.wall import spots_of, wall
+from lorasmith.ui.compare.scoring import choice_of, further_files, notes_on, summary_of, verdict_of
+from lorasmith.ui.compare.wall import Marks, spots_of, wall
 from lorasmith.ui.context import Context, config_of
 
 from .browser import SECONDS, Site, end_painter, open_tab, watched_page
@@ -81,7 +92,7 @@ def test_a_wall_begins_as_the_previews_were_drawn(run: RunFolder):
 
 def test_what_was_drawn_last_is_there_again_but_for_checkpoints_that_are_gone(run: RunFolder):
     assert Choices.remembered(run) is None
-    asked = replace(usual(run), strengths=(0.0, 1.0), leak=True, second_seed=True, prompt="a 'prompt'")
+    asked = replace(usual(run), strengths=(0.0, 1.0), leak=True, second_seed=True, prompt="a 'prompt'", scored=False)
     asked.remember(run)
     assert Choices.remembered(run) == asked
     shutil.rmtree(run.checkpoint(2))
@@ -105,9 +116,25 @@ def test_values_of_another_kind_make_no_sense_either(run: RunFolder):
         assert Choices.remembered(run) is None
 
 
-def test_the_leak_view_takes_the_trigger_out_of_the_prompt(run: RunFolder):
+def test_what_was_drawn_before_there_were_scores_is_read_and_wants_them(run: RunFolder):
+    usual(run).remember(run)
+    kept = json.loads(order_file(run).read_text(encoding="utf-8"))
+    del kept["scored"]
+    order_file(run).write_text(json.dumps(kept), encoding="utf-8")
+    assert Choices.remembered(run) == usual(run)
+
+
+def test_scores_are_made_from_the_sample_prompts_too_unless_they_are_not_wanted(run: RunFolder):
+    assert order_of(run).scored_with == ("emoji of a cat",)
+    assert order_of(run, prompt="a boat").scored_with == ("trg, emoji of a red circle", "emoji of a cat")
+    assert order_of(run, scored=False).scored_with is None
+
+
+def test_the_leak_view_takes_the_trigger_out_of_all_prompts(run: RunFolder):
     assert order_of(run).prompts == ("trg, emoji of a red circle",)
-    assert order_of(run, leak=True).prompts == ("emoji of a red circle",)
+    leaky = order_of(run, leak=True, prompt="trg, a boat")
+    assert leaky.prompts == ("a boat",)
+    assert leaky.scored_with == ("emoji of a red circle", "emoji of a cat")
 
 
 def test_a_second_seed_is_the_next(run: RunFolder):
@@ -125,7 +152,7 @@ def test_without_a_checkpoint_there_is_no_wall(run: RunFolder):
 
 
 def test_the_wall_is_a_table_with_names_of_rows_and_columns(run: RunFolder):
-    html = wall(order_of(run, strengths=(0.0, 1.0)), run, "waiting")
+    html = wall(order_of(run, strengths=(0.0, 1.0)), run, Marks("waiting"))
     assert re.findall(r'<th scope="col">([^<]*)', html) == ["Checkpoint", "Strength 0", "Strength 1"]
     assert re.findall(r'<th scope="row">([^<]*)', html) == ["step 2", "step 4"]
     assert "the base alone, as control" in html
@@ -134,16 +161,84 @@ def test_the_wall_is_a_table_with_names_of_rows_and_columns(run: RunFolder):
 
 
 def test_the_chosen_cell_says_so_by_word(run: RunFolder):
-    html = wall(order_of(run), run, "waiting", (4, 0.7))
-    [cell] = re.findall(r"<td class=chosen>.*?</td>", html)
+    html = wall(order_of(run), run, Marks("waiting", (4, 0.7)))
+    [cell] = re.findall(r'<td class="chosen">.*?</td>', html)
     assert "Pick step 4 at 0.7" in cell
     assert ">Chosen</button>" in cell
 
 
 def test_a_prompt_is_shown_as_text(run: RunFolder):
-    html = wall(order_of(run, prompt="<script>alert('1')</script>"), run, "waiting")
+    html = wall(order_of(run, prompt="<script>alert('1')</script>"), run, Marks("waiting"))
     assert "<script>" not in html
     assert "&lt;script&gt;alert(&#x27;1&#x27;)" in html
+
+
+def scored(order: WallOrder, copying: float = 0.1) -> Choice:
+    """Scores as they may be; those of the last step at strength 1 are the best."""
+    cells = []
+    for step in order.steps:
+        for at in filter(None, order.strengths):
+            scores = Scores(0.1 * step * at, 0.75, copying)
+            own = Scores(0.33, 0.44, 0.55)
+            pictures = (JudgedPicture(order.prompts[0], order.seeds[0], own, "<sun>.png"),)
+            pictures += (JudgedPicture("emoji of a cat", order.seeds[0], scores, "star.png"),)
+            cells.append(JudgedCell(step, at, scores, pictures))
+    best = Recommended(order.steps[-1], 1.0)
+    return Choice(tuple(cells), best, "Step 4 at strength 1 is <best>.", False, 6, 6, 9)
+
+
+def test_scores_are_text_the_recommended_cell_says_so_and_a_copy_too(run: RunFolder):
+    order = order_of(run, strengths=(0.0, 1.0))
+    html = wall(order, run, Marks("waiting", (4, 1.0), scored(order)))
+    base, first, _, last = re.findall("<td.*?</td>", html)
+    assert "style" not in base
+    assert "style 0.20<br>prompt 0.75<br>copying 0.10</span>" in first
+    assert "Recommended" not in first
+    assert last.startswith('<td class="chosen recommended" title="This picture: style 0.33, prompt 0.44, copying 0.55.')
+    assert '<strong class="said">Recommended</strong>' in last
+    assert "Nearest training image: &lt;sun&gt;.png." in last
+    assert "Each number is the mean of 2 pictures" in html
+    assert "Compared with the 6 training images and 9 pictures of the base alone." in html
+    assert html.count("too much") == html.count("what leaks") == 0
+    assert "what leaks" in wall(order, run, Marks("waiting", None, replace(scored(order), is_leak=True)))
+    copies = wall(order, run, Marks("waiting", None, scored(order, copying=0.9)))
+    assert copies.count('<span class="too-much">copying 0.90, too much</span>') == 2
+    assert "style" not in wall(order, run, Marks("waiting"))
+
+
+def test_the_verdict_is_text_and_tells_that_it_was_followed(run: RunFolder):
+    choice = scored(order_of(run))
+    assert verdict_of(choice, None) == "<p>Step 4 at strength 1 is &lt;best&gt;.</p>"
+    assert verdict_of(choice, (4, 1.0)).endswith("It is chosen.</p>")
+
+
+def test_scores_are_shown_and_saved_where_they_are_wanted_and_there(run: RunFolder):
+    order = order_of(run)
+    assert choice_of(order) is None
+    write_choice(scored(order), choice_file(order.judged()))
+    assert choice_of(order) == scored(order)
+    notes = notes_on(order)
+    assert notes
+    assert notes.marked == (4, 1.0)
+    assert notes.about.startswith("Step 4 at strength 1 is <best>. It goes by the means of 2 pictures a cell")
+    assert choice_of(order_of(run, scored=False)) is notes_on(order_of(run, scored=False)) is None
+
+
+def test_what_scores_take_is_told_before_they_are_drawn(run: RunFolder):
+    order = order_of(run)
+    files, further = list(order.files().values()), further_files(order)
+    assert (len(files), len(further)) == (9, 9)
+    assert summary_of(files, 10, further) == (
+        "<p>9 pictures to draw; for the scores 9 pictures and up to 24 of the base alone: at most about 7 min.</p>"
+    )
+    for file in (*files, *further):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    there = "All 9 pictures of this wall are there"
+    assert summary_of(files, None, further) == f"<p>{there}; for the scores up to 24 of the base alone.</p>"
+    assert summary_of(files, None) == f"<p>{there}.</p>"
+    alone = order_of(run, strengths=(1.0,))
+    assert len(further_files(alone)) == 2 + 2  # the base is not on that wall, and is needed
 
 
 def test_how_long_it_takes_is_taken_from_previews_then_from_the_last_wall(run: RunFolder):
@@ -206,6 +301,13 @@ def test_where_a_drawing_stands_is_told_in_words():
     failed = progress(Drawn("failed", message="a <b>file</b> is gone", fix="Put it back."))
     assert "a &lt;b&gt;file&lt;/b&gt; is gone" in failed
     assert "Put it back." in failed
+    scoring = progress(Drawn("scoring", 25, 25, scored=0.4))
+    assert "All 25 pictures are drawn. Scoring the wall. 40% are looked at." in scoring
+    assert '<progress max="1" value="0.4"' in scoring
+    unscored = progress(Drawn("done", 9, 9, unscored="the <images> are gone", unscored_fix="Put them back."))
+    assert "Done, 9 pictures drawn." in unscored
+    assert "There are no scores: the &lt;images&gt; are gone." in unscored
+    assert "Put them back." in unscored
 
 
 def test_only_what_has_changed_is_sent():
@@ -229,6 +331,10 @@ def ask_for(page: Page, strengths: str) -> None:
     page.get_by_role("textbox", name="Strengths").fill(strengths)
 
 
+def want_no_scores(page: Page) -> None:
+    page.get_by_label("Score and recommend").uncheck()
+
+
 def draw(page: Page) -> None:
     page.get_by_role("button", name="Draw", exact=True).click()
     done = page.get_by_role("status").filter(has_text="Done,")
@@ -247,6 +353,7 @@ def test_a_wall_of_two_by_two_is_drawn_chosen_and_there_again(
     trained_site: Site, chromium: Browser, page: Page, tmp_path
 ):
     open_compare(page, trained_site)
+    want_no_scores(page)
     ask_for(page, "0, 1")
     expect(page.get_by_role("columnheader", name="Strength 1 as trained")).to_be_visible()
     expect(page.get_by_text(re.compile("^3 pictures to draw, about"))).to_be_visible()
@@ -275,10 +382,59 @@ def test_a_wall_of_two_by_two_is_drawn_chosen_and_there_again(
         assert loaded(other, "step 4 at 1")
         expect(other.get_by_text("All 3 pictures of this wall are there.")).to_be_visible()
         expect(other.get_by_role("button", name="Pick step 2 at 1")).to_have_text("Chosen")
+        expect(other.get_by_label("Score and recommend")).not_to_be_checked()
+
+
+def test_a_wall_is_scored_and_what_is_recommended_can_be_used(trained_site: Site, page: Page, tmp_path: Path):
+    open_compare(page, trained_site)
+    ask_for(page, "0, 1")
+    cost = "3 pictures to draw; for the scores 3 pictures and up to 24 of the base alone"
+    expect(page.get_by_text(re.compile(cost))).to_be_visible()
+    expect(page.get_by_role("button", name="Use the recommended one")).to_be_hidden()
+    draw(page)
+    run = trained_site.run("seen")
+    choice = read_choice(order_of(run, strengths=(0.0, 1.0)).judged())
+    assert choice
+    expect(page.get_by_text(choice.reason)).to_be_visible()
+    expect(page.get_by_text("Each number is the mean of 2 pictures")).to_be_visible()
+    best = choice.recommended
+    assert best
+    [recommended] = page.get_by_role("cell").filter(has_text="Recommended").all()
+    scores = choice.cell(best.step, best.strength).scores
+    assert [
+        line for line in recommended.inner_text().split("\n") if line.startswith(("style", "prompt", "copying"))
+    ] == (scores.lines)
+    assert recommended.get_by_role("button").get_attribute("aria-label") == f"Pick step {best.step} at 1"
+
+    page.get_by_role("button", name="Use the recommended one").click()
+    expect(page.get_by_text(f"Chosen: step {best.step} at 1.")).to_be_visible()
+    expect(page.get_by_text("It is chosen.")).to_be_visible()
+    expect(page.get_by_label("Checkpoint to use")).to_have_value(re.compile(f"^step {best.step}"))
+    assert run.chosen == (best.step, best.strength)
+
+    want_no_scores(page)
+    expect(page.get_by_text(choice.reason)).to_be_hidden()
+    expect(page.get_by_text("style 0.")).to_have_count(0)
+
+
+def test_without_the_training_images_the_page_says_why_there_are_no_scores(trained_site: Site, page: Page):
+    run = trained_site.run("seen")
+    gone = trained_site.runs / "gone"
+    config = run.config.read_text(encoding="utf-8").replace(config_of(run).data[0].path, str(gone))
+    run.config.write_text(config, encoding="utf-8")
+    open_compare(page, trained_site)
+    page.get_by_role("checkbox", name="step 2", exact=True).uncheck()
+    ask_for(page, "1")
+    draw(page)
+    assert loaded(page, "step 4 at 1")
+    expect(page.get_by_text(re.compile(f"There are no scores: .*{gone.name}"))).to_be_visible()
+    expect(page.get_by_text("Put them back, or draw the wall without scores")).to_be_visible()
+    expect(page.get_by_role("button", name="Use the recommended one")).to_be_hidden()
 
 
 def test_leaks_a_second_seed_a_pair_and_a_sheet(trained_site: Site, page: Page, tmp_path: Path):
     open_compare(page, trained_site)
+    want_no_scores(page)
     ask_for(page, "0, 1.2")
     page.get_by_role("checkbox", name="step 2", exact=True).uncheck()
     page.get_by_label("Without the trigger").check()

@@ -84,6 +84,7 @@ def _shortened(document: str) -> str:
 
 def _compare(page: Page, site: Site) -> None:
     open_tab(page, "3 Compare")
+    page.get_by_label("Score and recommend").uncheck()
     page.get_by_role("textbox", name="Strengths").fill("0, 1")
     page.get_by_role("checkbox", name="step 4", exact=True).uncheck()
     page.get_by_role("textbox", name="Strengths").blur()

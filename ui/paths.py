@@ -10,7 +10,7 @@ from typing import Any
 from ..datasets.unpack import Address
 from .context import Context
 
-_PATHS = ("base.model", "base.vae", "adapter.start_from", "runtime.cache")
+_PATHS = ("base.model", "base.vae", "adapter.start_from", "preference.start", "runtime.cache")
 _MERGED = re.compile(r"(?P<path>.+\.safetensors)(:.*)?", re.IGNORECASE)
 
 

@@ -30,7 +30,7 @@ IDLE = 300.0
 _KEPT = 24 * 3600.0
 """Seconds after which what became of an order is forgotten; its pictures stay."""
 
-State = Literal["waiting", "loading", "drawing", "done", "failed", "cancelled"]
+State = Literal["waiting", "loading", "drawing", "scoring", "done", "failed", "cancelled"]
 _ENDED: tuple[State, ...] = ("done", "failed", "cancelled")
 
 
@@ -47,6 +47,11 @@ class Drawn:
     fix: str = ""
     seconds_left: float | None = None
     """None until one picture has shown how long they take."""
+    scored: float = 0.0
+    """How much of the scoring is done, 0 to 1."""
+    unscored: str = ""
+    """Why there are no scores, though they were wanted; the pictures are there all the same."""
+    unscored_fix: str = ""
 
     @property
     def has_ended(self) -> bool:

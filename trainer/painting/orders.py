@@ -7,7 +7,8 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -78,6 +79,9 @@ class WallOrder:
     prompts: _Prompts
     seeds: _Seeds
     look: Look = field(default_factory=Look)
+    scored_with: Annotated[tuple[_Prompt, ...], Field(max_length=100)] | None = None
+    """Prompts besides its own that its scores are made from, of which more make better scores; None: no scores are
+    wanted. It makes no picture another."""
 
     base: ClassVar[str] = ""
     loras: ClassVar[tuple[tuple[str, float], ...]] = ()
@@ -93,18 +97,39 @@ class WallOrder:
         )
         return list(dict.fromkeys(cells))
 
+    def judged(self) -> WallOrder:
+        """The wall that its scores are made from: with all prompts."""
+        return replace(self, prompts=tuple(dict.fromkeys((*self.prompts, *(self.scored_with or ())))), scored_with=None)
+
+    def of_the_base(self) -> WallOrder:
+        """What the base alone makes of its prompts."""
+        return replace(self, steps=self.steps[:1], strengths=(0.0,))
+
     def file(self, cell: Cell) -> Path:
         """Where a picture is, or will be: a name made of all that makes the picture, so that it never shows another.
 
         Raises:
             RunError: if there is no such checkpoint.
         """
+        return self.files([cell])[cell]
+
+    def files(self, cells: Iterable[Cell] | None = None) -> dict[Cell, Path]:
+        """Where each picture is, or will be, likewise; of all cells if none are named.
+
+        Raises:
+            RunError: if there is no such checkpoint.
+        """
         run = RunFolder(Path(self.run))
-        return run.path / "compare" / f"{_name({'of': _drawn_with(run, cell), **_drawn_how(cell, self.look)})}.png"
+        drawn_with = cache(lambda step: _drawn_with(run, step))  # what is on disk is looked at once for a row
+        names = {
+            cell: _name({"of": drawn_with(cell.step if cell.strength else None), **_drawn_how(cell, self.look)})
+            for cell in (self.cells() if cells is None else cells)
+        }
+        return {cell: run.path / "compare" / f"{name}.png" for cell, name in names.items()}
 
     def sheet(self) -> Path:
         """Where the wall is kept as one picture, under a name made of all that is on it."""
-        cells = [self.file(cell).stem for cell in self.cells()]
+        cells = [file.stem for file in self.files().values()]
         name = _name({"cells": cells, "steps": self.steps, "strengths": [float(at) for at in self.strengths]})
         return Path(self.run) / "compare" / f"wall-{name}.png"
 
@@ -141,7 +166,9 @@ class PictureOrder:
             RunError: if there is no such checkpoint.
             UserError: if a LoRA file is not there.
         """
-        made: dict[str, Any] = {"of": _drawn_with(RunFolder(Path(self.run)), cell) if self.run else {}}
+        made: dict[str, Any] = {"of": {}}
+        if self.run:
+            made["of"] = _drawn_with(RunFolder(Path(self.run)), cell.step if cell.strength else None)
         if self.base:
             made["base"] = [self.base, _traces_of_base(self.base)]
         made["loras"] = [[Path(path).name, _trace(Path(path)), float(at)] for path, at in self.loras if at]
@@ -168,7 +195,7 @@ def files_of(order: Order, runs: Path) -> dict[Cell, Path]:
         UserError: if a LoRA file is not there.
     """
     if isinstance(order, WallOrder):
-        return {cell: order.file(cell) for cell in order.cells()}
+        return order.files()
     return {cell: order.file(cell, runs) for cell in order.cells()}
 
 
@@ -189,16 +216,17 @@ def _drawn_how(cell: Cell, look: Look) -> dict[str, Any]:
     return {"prompt": cell.prompt, "seed": cell.seed, "strength": float(cell.strength), "look": how}
 
 
-def _drawn_with(run: RunFolder, cell: Cell) -> dict[str, Any]:
-    """The base of a run, and a checkpoint that takes another's place is another one; at strength 0 the base alone."""
+def _drawn_with(run: RunFolder, step: int | None) -> dict[str, Any]:
+    """The base of a run, and its checkpoint, where one that takes another's place is another one; None: the base
+    alone, as at strength 0."""
     saved = run.saved_steps()
-    if not saved or (cell.strength and cell.step not in saved):
-        what = f"has no checkpoint of step {cell.step}" if saved else "has no checkpoint yet"
+    if not saved or (step is not None and step not in saved):
+        what = f"has no checkpoint of step {step}" if saved else "has no checkpoint yet"
         raise RunError(what, str(run.path), f"Checkpoints: {', '.join(map(str, saved)) or 'none'}.")
     base = {"base": saved_base(run, saved[-1])}
-    if not cell.strength:
+    if step is None:
         return base
-    return {**base, "run": run.name, "step": cell.step, "checkpoint": checkpoint_trace(run, cell.step)}
+    return {**base, "run": run.name, "step": step, "checkpoint": checkpoint_trace(run, step)}
 
 
 def saved_base(run: RunFolder, step: int) -> str:
@@ -316,15 +344,19 @@ def _problems(order: Order, where: str) -> Iterable[Problem]:
         yield Problem("base", "neither a run nor a base is named", "Name one of them.")
     if isinstance(order, WallOrder) and 0 in order.steps:
         yield Problem("steps", "0 is no checkpoint", "For the untouched base take strength 0.")
+    if isinstance(order, WallOrder) and order.scored_with is not None and not any(order.strengths):
+        yield Problem("strengths", "0 alone shows nothing of what was trained", "Give others, or ask for no scores.")
     if isinstance(order, PictureOrder) and order.run and order.strength and not order.step:
         yield Problem("step", "no checkpoint is named", "Name one, or take strength 0.")
     if (count := math.prod(_counts(order))) > MOST_PICTURES:
-        yield Problem(where, f"{count} pictures are too many at once", f"Order up to {MOST_PICTURES}.")
+        fewer = "fewer checkpoints, strengths or seeds, or no scores" if isinstance(order, WallOrder) else "fewer seeds"
+        yield Problem(where, f"{count} pictures are too many at once", f"Order up to {MOST_PICTURES}: {fewer}.")
 
 
 def _counts(order: Order) -> list[int]:
-    own = [len(order.steps), len(order.strengths)] if isinstance(order, WallOrder) else []
-    return [*own, len(order.prompts), len(order.seeds)]
+    if isinstance(order, WallOrder):
+        return [len(order.steps), len(order.strengths), len(order.judged().prompts), len(order.seeds)]
+    return [len(order.prompts), len(order.seeds)]
 
 
 def settings_of(picture: Path) -> PictureOrder | None:

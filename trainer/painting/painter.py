@@ -8,17 +8,20 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
+from ..choosing.choice import choice_file, read_choice, write_choice
 from ..errors import LorasmithError, UserError
 from ..jobs import find_runs
 from .easel import IDLE, Drawn, Easel, State, Ticket
-from .orders import files_of
+from .orders import Order, WallOrder, files_of
 
 if TYPE_CHECKING:
+    from ..choosing.judge import Case
     from .studio import Studio
 
 _BETWEEN_LOOKS = 0.2  # seconds
@@ -77,17 +80,16 @@ class Painter:
         except _CancelledError:
             progress.tell("cancelled")
         except Exception as error:
-            traceback.print_exc()
-            sys.stderr.flush()
-            if self._studio and not isinstance(error, LorasmithError):
-                self._studio.clear()
+            self._note(error)
             progress.fail(error)
 
     def _draw(self, ticket: Ticket, progress: _Progress) -> None:
         order = ticket.order()
         files = files_of(order, self.easel.runs)
-        progress.begin(sum(file.is_file() for file in files.values()), len(files))
-        if progress.drawn.done == progress.drawn.total:
+        progress.begin(files.values())
+        case = self._case(order, progress) if _wants_scores(order) else None
+        progress.begin({*files.values(), *(case.files() if case else ())})
+        if case is None and progress.drawn.done == progress.drawn.total:
             return
         if self._studio is None:
             from .studio import Studio
@@ -96,12 +98,52 @@ class Painter:
         self._make_room()
         self._studio.prepare(order)
         progress.tell("drawing")
+        self._studio.draw(order, files, lambda: self._one_more(progress), progress.refuse_cancelled)
+        if case:
+            self._score(case, self._studio, progress)
 
-        def one_more() -> None:
-            progress.one_more()
+    def _case(self, order: WallOrder, progress: _Progress) -> Case | None:
+        """The wall and what it is compared with; None if that is not to be had."""
+        from ..choosing.judge import Case
+
+        with self._wall_stays(progress):
+            return Case.of(order.judged())
+        return None
+
+    def _score(self, case: Case, studio: Studio, progress: _Progress) -> None:
+        """Draw what the wall is compared with, and write down what the scores say."""
+
+        def looked(done: int, total: int) -> None:
+            progress.refuse_cancelled()
+            progress.score(done / total)
             self._make_room()
 
-        self._studio.draw(order, files, one_more, progress.refuse_cancelled)
+        with self._wall_stays(progress):
+            case.draw(studio, lambda: self._one_more(progress), progress.refuse_cancelled)
+            progress.score(0)
+            write_choice(case.choice(studio, looked), choice_file(case.order))
+
+    @contextmanager
+    def _wall_stays(self, progress: _Progress) -> Iterator[None]:
+        """Whatever goes wrong with scores is told, and spoils no pictures."""
+        try:
+            yield
+        except _CancelledError:
+            raise
+        except Exception as error:
+            self._note(error)
+            progress.leave_unscored(error)
+
+    def _one_more(self, progress: _Progress) -> None:
+        progress.one_more()
+        self._make_room()
+
+    def _note(self, error: Exception) -> None:
+        """Write an error to the log; one that was not foreseen may have left anything in memory."""
+        traceback.print_exc()
+        sys.stderr.flush()
+        if self._studio and not isinstance(error, LorasmithError):
+            self._studio.clear()
 
     def _make_room(self) -> None:
         if name := self._what_trains():
@@ -115,6 +157,10 @@ class Painter:
         if not self._needs_gpu():
             return ""
         return next((run.name for run in find_runs(self.easel.runs) if run.owner_alive()), "")
+
+
+def _wants_scores(order: Order) -> TypeGuard[WallOrder]:
+    return isinstance(order, WallOrder) and order.scored_with is not None and read_choice(order.judged()) is None
 
 
 class _CancelledError(Exception):
@@ -131,8 +177,10 @@ class _Progress:
     _own: int = 0
     """Pictures that were drawn since then."""
 
-    def begin(self, done: int, total: int) -> None:
-        self.drawn = replace(self.drawn, done=done, total=total)
+    def begin(self, files: Iterable[Path]) -> None:
+        """Say how many pictures there will be, and how many of them are there."""
+        there = [file.is_file() for file in files]
+        self.drawn = replace(self.drawn, done=sum(there), total=len(there))
         self.tell("loading")
 
     def one_more(self) -> None:
@@ -145,6 +193,16 @@ class _Progress:
     def refuse_cancelled(self) -> None:
         if self.ticket.cancel_file.exists():
             raise _CancelledError
+
+    def score(self, share: float) -> None:
+        self.drawn = replace(self.drawn, scored=round(share, 3))
+        self.tell("scoring")
+
+    def leave_unscored(self, error: Exception) -> None:
+        """Say why there are no scores; what is drawn is all that will be."""
+        message, fix = _told(error)
+        self.drawn = replace(self.drawn, total=self.drawn.done, unscored=message, unscored_fix=fix)
+        self.tell(self.drawn.state)
 
     def fail(self, error: Exception) -> None:
         message, fix = _told(error)

@@ -27,6 +27,7 @@ from ..models import Base, load_base
 from ..plan import as_trained, base_of
 from ..run import base_to_load
 from ..sample import Drawing, draw, save_picture
+from ..strengths import Strengths
 from .orders import Cell, Order, PictureOrder, checkpoint_trace, saved_base, write_order
 
 
@@ -105,6 +106,14 @@ class Studio:
                     _write_settings(order, cell, files[cell])
                     save_picture(files[cell], picture, cell.prompt, drawing, base.info.short_name, lora)
                     drawn()
+
+    @contextmanager
+    def acting(self, run: RunFolder, step: int, strengths: Strengths) -> Iterator[Base]:
+        """Within the block one of the run's checkpoints acts, at strengths by block, on the base that is in memory."""
+        assert self._base is not None, "prepare comes first"
+        self._put_on(self._base, run, step)
+        with strength(self._base, strengths):
+            yield self._base
 
     @contextmanager
     def _acting(self, base: Base, order: Order, step: int, at: float) -> Iterator[str]:

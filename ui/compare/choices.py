@@ -36,6 +36,8 @@ class Choices:
     seed: int
     second_seed: bool
     look: Look
+    scored: bool = True
+    """Have the cells scored, and one recommended."""
 
     @classmethod
     def usual(cls, run: RunFolder, config: RunConfig) -> Choices:
@@ -67,11 +69,15 @@ class Choices:
         """
         if not self.steps:
             raise UserError("no checkpoint is ticked", "Checkpoints", "Tick at least one.")
-        prompt = self.prompt
+        prompt, *others = dict.fromkeys(self._asked(each, config) for each in (self.prompt, *prompts_of(config)))
+        seeds = (self.seed, self.seed + 1) if self.second_seed else (self.seed,)
+        scored_with = tuple(others) if self.scored else None
+        return WallOrder(str(run.path), self.steps, self.strengths, (prompt,), seeds, self.look, scored_with)
+
+    def _asked(self, prompt: str, config: RunConfig) -> str:
         for trigger in triggers_of(config) if self.leak else ():
             prompt = without_trigger(prompt, trigger)
-        seeds = (self.seed, self.seed + 1) if self.second_seed else (self.seed,)
-        return WallOrder(str(run.path), self.steps, self.strengths, (prompt,), seeds, self.look)
+        return prompt
 
 
 def order_file(run: RunFolder) -> Path:
@@ -121,6 +127,7 @@ def answers_of(choices: Choices) -> dict[str, Any]:
         "prompt": choices.prompt,
         "leak": choices.leak,
         "second_seed": choices.second_seed,
+        "scored": choices.scored,
         "steps": list(choices.steps),
         "strengths": ", ".join(f"{strength:g}" for strength in choices.strengths),
         "seed": choices.seed,
@@ -151,6 +158,7 @@ def choices_of(given: dict[str, Any]) -> Choices:
         seed=int(given["seed"]),
         second_seed=given["second_seed"],
         look=look,
+        scored=given["scored"],
     )
 
 

@@ -31,18 +31,25 @@ def _order(ticket: Ticket) -> Order | None:
         return None
 
 
+_SCORING = "Scoring the wall."
+
+
 def progress(drawn: Drawn | None) -> str:
     """Empty if nothing was asked for. A screen reader is told each quarter, and the end."""
     if drawn is None:
         return ""
     if drawn.state == "failed":
         return notice(drawn.message, drawn.fix)
-    bar = (
-        f'<progress max="{drawn.total}" value="{drawn.done}" aria-label="Pictures drawn"></progress>'
-        if not drawn.has_ended
-        else ""
-    )
-    return f"<p>{esc(sentence_of(drawn))}</p>{bar}{_announced(drawn)}"
+    unscored = notice(f"There are no scores: {drawn.unscored}", drawn.unscored_fix, "note") if drawn.unscored else ""
+    return f"<p>{esc(sentence_of(drawn))}</p>{_bar(drawn)}{_announced(drawn)}{unscored}"
+
+
+def _bar(drawn: Drawn) -> str:
+    if drawn.has_ended:
+        return ""
+    if drawn.state == "scoring":
+        return f'<progress max="1" value="{drawn.scored:g}" aria-label="Scored"></progress>'
+    return f'<progress max="{drawn.total}" value="{drawn.done}" aria-label="Pictures drawn"></progress>'
 
 
 def sentence_of(drawn: Drawn) -> str:
@@ -55,6 +62,8 @@ def sentence_of(drawn: Drawn) -> str:
         case "drawing":
             left = f", about {duration(drawn.seconds_left)} left" if drawn.seconds_left is not None else ""
             return f"{counted} drawn{left}."
+        case "scoring":
+            return f"All {pictures(drawn.total)} are drawn. {_SCORING} {drawn.scored:.0%} are looked at."
         case "done":
             return f"Done, {pictures(drawn.total)} drawn."
         case "cancelled":
@@ -65,7 +74,8 @@ def sentence_of(drawn: Drawn) -> str:
 
 def _announced(drawn: Drawn) -> str:
     quarters = 4 * drawn.done // max(drawn.total, 1)
-    words = f"{25 * quarters} percent are drawn." if drawn.state == "drawing" else sentence_of(drawn)
+    rare = {"drawing": f"{25 * quarters} percent are drawn.", "scoring": _SCORING}
+    words = rare.get(drawn.state) or sentence_of(drawn)
     return f'<p class="sr-only" role="status">{esc(words)}</p>'
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -16,7 +15,6 @@ from ...trainer.painting.easel import Ticket
 from ...trainer.painting.orders import SAMPLERS, WallOrder
 from ...trainer.painting.samplers import MOST_STEPS
 from ...trainer.painting.sheet import order_sheet, save_sheet
-from ...trainer.status import duration
 from ..context import FOLLOWING, QUIETLY, Context, as_news, changed_at, config_of, readable_config, told
 from ..html import esc, notice, problems
 from ..pacing import Clock
@@ -31,9 +29,24 @@ from .choices import (
     triggers_of,
     usual_steps,
 )
-from .drawing import Views, as_html, changed, last_ticket, pictures, progress
+from .drawing import Views, as_html, changed, last_ticket, progress
 from .playground import GUIDANCE, Playground
-from .wall import BASE, CSS, KEEPS_THE_SLIDER, PICKS, USE_BUTTON, Spot, pair, said_of, spots_of, title_of, wall
+from .rating import RatePage
+from .scoring import choice_of, further_files, notes_on, summary_of, verdict_of
+from .wall import (
+    BASE,
+    CSS,
+    KEEPS_THE_SLIDER,
+    PICKS,
+    USE_BUTTON,
+    Marks,
+    Spot,
+    pair,
+    said_of,
+    spots_of,
+    title_of,
+    wall,
+)
 
 _LEAK = (
     "The same prompt with the trigger word taken out: if the style still shows, it leaks into prompts that do not "
@@ -44,6 +57,11 @@ _HINTS = (
     f"shows only above 1.2, train longer. Strength 0 is {BASE}: what a prompt gives without the LoRA."
 )
 _SECOND_SEED = "A second wall beneath, with the next seed: what both show is no accident."
+_SCORED = (
+    "Three numbers for each cell, from the base's own encoder: style gained, prompt kept, training images copied; and "
+    "one cell is recommended. The run's other sample prompts are drawn for it too, for more make better scores. "
+    "Off: the pictures alone."
+)
 _PICK_ONE = "Pick one at the top of the page, or train one first."
 
 
@@ -62,8 +80,10 @@ class Seen:
 
 
 def compare_page(context: Context, clock: Clock) -> None:
-    """The wall, two of its pictures side by side, and the playground."""
-    gr.Markdown("## Compare\nDraw the same prompt with several checkpoints and strengths, and choose by eye.")
+    """The wall, two of its pictures side by side, the playground, and what is said of pictures."""
+    gr.Markdown(
+        "## Compare\nDraw the same prompt with several checkpoints and strengths, and choose by eye and by number."
+    )
     with gr.Tabs():
         with gr.Tab("Wall"):
             page = WallPage(context)
@@ -72,13 +92,16 @@ def compare_page(context: Context, clock: Clock) -> None:
         with gr.Tab("Playground"):
             gr.Markdown("Try any prompt. Every picture is kept with its settings, the last 24 are shown.")
             play = Playground(context)
+        with gr.Tab("Rate"):
+            rate = RatePage(context)
 
     def look(name: str | None, *typed: Any) -> tuple[Any, ...]:
-        return page.look(name), play.look(name), typed
+        return page.look(name), play.look(name), rate.look(name), typed
 
     news = clock.news(look, [context.picked, *page.typed], [context.picked.change])
     page.listen(news)
     play.listen(news)
+    rate.listen(news)
 
 
 class WallPage:
@@ -95,6 +118,8 @@ class WallPage:
                 self.cancel = gr.Button("Cancel", visible=False)
             self.progress = gr.HTML(padding=False, visible=False)
             gr.Markdown(_HINTS)
+            self.verdict = gr.HTML(padding=False, visible=False)
+            self.use_best = gr.Button("Use the recommended one", visible=False)
             self.wall = gr.HTML(css_template=CSS, js_on_load=PICKS, padding=False)
             self.save = gr.Button("Save the wall as PNG")
             self.saved = gr.HTML(padding=False)
@@ -111,6 +136,7 @@ class WallPage:
         with gr.Row():
             self.leak = gr.Checkbox(label="Without the trigger", info=_LEAK, interactive=True)
             self.second_seed = gr.Checkbox(label="Second seed", info=_SECOND_SEED, interactive=True)
+        self.scored = gr.Checkbox(label="Score and recommend", info=_SCORED, interactive=True)
         self.steps = gr.CheckboxGroup(label="Checkpoints", info="The rows of the wall.", interactive=True)
         with gr.Row():
             self.strengths = gr.Textbox(label="Strengths", info="The columns. 0 is the base alone, 1 is as trained.")
@@ -147,6 +173,7 @@ class WallPage:
             "prompt": self.prompt,
             "leak": self.leak,
             "second_seed": self.second_seed,
+            "scored": self.scored,
             "steps": self.steps,
             "strengths": self.strengths,
             "seed": self.seed,
@@ -180,6 +207,8 @@ class WallPage:
             "draw": self.draw,
             "cancel": self.cancel,
             "progress": self.progress,
+            "verdict": self.verdict,
+            "use_best": self.use_best,
             "wall": self.wall,
             "choice": self.choice,
             "go_on": self.go_on,
@@ -209,6 +238,8 @@ class WallPage:
         self.cancel.click(self.stop, context.picked, **QUIETLY).then(self.follow, **follow)
         self.save.click(self.save_sheet, outputs=self.saved, inputs_kwargs=asked, api_visibility="private")
         self.wall.select(self.pick, None, [self.chosen_step, self.chosen_strength, self.choice], **QUIETLY)
+        used = [self.chosen_step, self.chosen_strength, self.choice]
+        self.use_best.click(self.choose_best, outputs=used, inputs_kwargs=asked, **QUIETLY).then(self.follow, **follow)
         chosen = [context.picked, self.chosen_step, self.chosen_strength]
         self.use.click(self.choose, chosen, self.choice, **QUIETLY).then(self.follow, **follow)
         self.go_on.click(lambda: gr.Tabs(selected="share"), None, context.tabs, **QUIETLY)
@@ -256,13 +287,16 @@ class WallPage:
         try:
             choices = choices_of(given)
             order = choices.order(run, config)
-            files = [order.file(cell) for cell in order.cells()]
+            files = list(order.files().values())
+            choice = choice_of(order)
+            further = further_files(order) if order.scored_with is not None and not choice else None
         except UserError as error:
             return views | {"summary": as_html(problems(error))}
         last, chosen = self._last(run), run.chosen
         drawn = last and last.state()
         active = bool(drawn and not drawn.has_ended)
-        summary = "" if active else summary_of(files, seconds_each(run, files, self.context.stories.of(run)))
+        each = seconds_each(run, [*files, *(further or ())], self.context.stories.of(run))
+        summary = "" if active else summary_of(files, each, further)
         if choices.leak and order.prompts[0] == choices.prompt:
             summary += notice("This prompt does not hold the trigger word, so nothing was taken out", kind="note")
         spots = spots_of(order, order.prompts[0], order.seeds[0])
@@ -274,7 +308,9 @@ class WallPage:
             "draw": (active, gr.update(interactive=not active)),
             "cancel": (active, gr.update(visible=active)),
             "progress": as_html(progress(drawn)),
-            "wall": as_html(wall(order, run, "waiting" if active else "not drawn", chosen)),
+            "verdict": as_html(verdict_of(choice, chosen) if choice else ""),
+            "use_best": (bool(choice and choice.recommended), gr.update(visible=bool(choice and choice.recommended))),
+            "wall": as_html(wall(order, run, Marks("waiting" if active else "not drawn", chosen, choice))),
             "choice": as_html(f"<p>Chosen: {title_of(*chosen)}.</p>" if chosen else "<p>Nothing is chosen yet.</p>"),
             "go_on": (bool(chosen), gr.update(visible=bool(chosen))),
             "chosen_step": (order.steps, gr.update(choices=step_choices(order.steps), value=step)),
@@ -311,7 +347,7 @@ class WallPage:
         run = self._run(name)
         order = choices_of(given).order(run, config_of(run))
         file = order.sheet()
-        save_sheet(order_sheet(order, run.name), file)
+        save_sheet(order_sheet(order, run.name, notes_on(order)), file)
         named = f'href="{esc(picture_url(run, file))}" download="{esc(run.name)}-wall.png"'
         return f"<p>Saved in the run folder as {esc(f'compare/{file.name}')}. <a {named}>Download the wall</a></p>"
 
@@ -319,6 +355,16 @@ class WallPage:
         """A cell's button: its checkpoint and strength are those that would be used."""
         step, strength = int(event.step), float(event.strength)
         return [step, strength, f"<p>Picked: {title_of(step, strength)}. Press Use this one to keep it.</p>"]
+
+    @told
+    def choose_best(self, *, name: str | None, **given: Any) -> list[Any]:
+        """What the scores recommend is picked and chosen at once."""
+        run = self._run(name)
+        choice = choice_of(choices_of(given).order(run, config_of(run)))
+        best = choice.recommended if choice else None
+        if best is None:
+            raise UserError("nothing is recommended", "Use the recommended one", "Draw the wall with scores first.")
+        return [best.step, best.strength, self.choose(name, best.step, best.strength)]
 
     @told
     def choose(self, name: str | None, step: int | None, strength: float | None) -> str:
@@ -366,16 +412,6 @@ def asked_as(choices: Choices, saved: Sequence[int], config: RunConfig) -> dict[
         "leak": {"interactive": bool(triggers_of(config))},
     }
     return {name: gr.update(value=value, **offered.get(name, {})) for name, value in answers_of(choices).items()}
-
-
-def summary_of(files: Sequence[Path], each: float | None) -> str:
-    """How much there is to draw, and how long it may take at so many seconds each."""
-    missing = sum(not file.is_file() for file in files)
-    if not missing:
-        return f"<p>All {pictures(len(files))} of this wall are there.</p>"
-    time = f", about {duration(max(each * missing, 1))}" if each else ""
-    there = f" {pictures(len(files) - missing)} of this wall are there already." if missing < len(files) else ""
-    return f"<p>{pictures(missing)} to draw{time}.{there}</p>"
 
 
 def sides_of(

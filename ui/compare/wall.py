@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...trainer.choosing.choice import Choice, JudgedCell, JudgedPicture
+from ...trainer.choosing.recommendation import limit_of
 from ...trainer.jobs import RunFolder
 from ...trainer.painting.orders import Cell, WallOrder
 from ..html import cell, esc, picture
 from ..urls import picture_url
+from .scoring import legend_of
 
 BASE = "the base alone"
 _COLUMN_NOTES = {0.0: f"{BASE}, as control", 1.0: "as trained"}
@@ -27,8 +30,12 @@ CSS = """
   button.pick { width: 100%; min-height: 28px; border: 1px solid var(--line); border-radius: 4px; cursor: pointer;
     background: var(--ground); color: inherit; font-size: 0.85rem; line-height: 1.3; padding: 2px 4px; }
   button.pick:hover { border-color: currentColor; }
+  td.recommended { outline: 3px dashed var(--good); outline-offset: -3px; }
   td.chosen { outline: 3px solid var(--good); outline-offset: -3px; }
-  .scroll + .scroll { margin-top: 1rem; }
+  td .said { display: block; text-align: center; font-size: 0.85rem; line-height: 1.35; padding: 2px 4px; }
+  td strong.said { color: var(--good); }
+  td .too-much { color: var(--bad); font-weight: 600; }
+  .scroll + .scroll, .scroll + p { margin-top: 1rem; }
 """
 """Of the component that shows a wall; it holds for what is in it only."""
 
@@ -79,20 +86,38 @@ def spots_of(order: WallOrder, prompt: str, seed: int) -> dict[tuple[int, float]
     }
 
 
-def wall(order: WallOrder, run: RunFolder, missing: str, chosen: tuple[int, float] | None = None) -> str:
-    """A table for each prompt and seed of an order; `missing` is the word for what is not drawn yet."""
-    tables = (_table(order, run, prompt, seed, missing, chosen) for prompt in order.prompts for seed in order.seeds)
-    return "".join(tables)
+@dataclass(frozen=True)
+class Marks:
+    """What a wall says besides its names."""
+
+    missing: str
+    """The word for what is not drawn yet."""
+    chosen: tuple[int, float] | None = None
+    choice: Choice | None = None
+    """The scores, if there are any."""
+
+    def judged(self, spot: Spot) -> JudgedCell | None:
+        """The base has no scores."""
+        cells = self.choice.cells if self.choice else ()
+        return next((cell for cell in cells if (cell.step, cell.strength) == (spot.step, spot.strength)), None)
+
+    def is_recommended(self, spot: Spot) -> bool:
+        best = self.choice.recommended if self.choice else None
+        return best is not None and (best.step, best.strength) == (spot.step, spot.strength)
 
 
-def _table(
-    order: WallOrder, run: RunFolder, prompt: str, seed: int, missing: str, chosen: tuple[int, float] | None
-) -> str:
+def wall(order: WallOrder, run: RunFolder, marks: Marks) -> str:
+    """A table for each prompt and seed of an order, and what the numbers in them mean."""
+    tables = (_table(order, run, prompt, seed, marks) for prompt in order.prompts for seed in order.seeds)
+    return "".join(tables) + (legend_of(marks.choice) if marks.choice else "")
+
+
+def _table(order: WallOrder, run: RunFolder, prompt: str, seed: int, marks: Marks) -> str:
     spots = spots_of(order, prompt, seed)
     head = "".join(f'<th scope="col">{_column_title(strength)}</th>' for strength in order.strengths)
     rows = "".join(
         f'<tr><th scope="row">step {step}</th>'
-        + "".join(_td(spots[step, strength], run, missing, chosen) for strength in order.strengths)
+        + "".join(_td(spots[step, strength], run, (prompt, seed), marks) for strength in order.strengths)
         + "</tr>"
         for step in order.steps
     )
@@ -114,14 +139,38 @@ def _column_title(strength: float) -> str:
     return f"Strength {strength:g}" + (f"<span>{note}</span>" if note else "")
 
 
-def _td(spot: Spot, run: RunFolder, missing: str, chosen: tuple[int, float] | None) -> str:
-    is_chosen = (spot.step, spot.strength) == chosen
+def _td(spot: Spot, run: RunFolder, asked: tuple[str, int], marks: Marks) -> str:
+    is_chosen, is_recommended = (spot.step, spot.strength) == marks.chosen, marks.is_recommended(spot)
     seen = (
         cell(picture_url(run, spot.file), spot.title, _SIDE)
         if spot.file.is_file()
-        else f'<span class="waiting">{esc(missing)}</span>'
+        else f'<span class="waiting">{esc(marks.missing)}</span>'
     )
-    return f'<td{" class=chosen" if is_chosen else ""}><div class="spot">{seen}</div>{_button(spot, is_chosen)}</td>'
+    kinds = " ".join(kind for kind, holds in (("chosen", is_chosen), ("recommended", is_recommended)) if holds)
+    word = '<strong class="said">Recommended</strong>' if is_recommended else ""
+    judged = marks.judged(spot)
+    own = next((one for one in judged.pictures if (one.prompt, one.seed) == asked), None) if judged else None
+    return (
+        f'<td class="{kinds}"{_title(own)}><div class="spot">{seen}</div>{word}{_scores(judged)}'
+        f"{_button(spot, is_chosen)}</td>"
+    )
+
+
+def _title(own: JudgedPicture | None) -> str:
+    """What is told of a picture who points at it."""
+    if own is None:
+        return ""
+    return f' title="{esc(f"This picture: {own.scores}. Nearest training image: {own.nearest}.")}"'
+
+
+def _scores(judged: JudgedCell | None) -> str:
+    """The means of a cell; what is left out because it copies says so by a word as well."""
+    if judged is None:
+        return ""
+    style, prompt, copying = judged.scores.lines
+    if judged.scores.copying > limit_of(judged):
+        copying = f'<span class="too-much">{copying}, too much</span>'
+    return f'<span class="said">{style}<br>{prompt}<br>{copying}</span>'
 
 
 def _button(spot: Spot, is_chosen: bool) -> str:

@@ -3,7 +3,7 @@ stays text. Titles, captions and descriptions may hold anything."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,7 @@ def card_html(run: RunFolder, card: Path) -> str:
     """The card with its head as a table, and the pictures that lie beside it; the grid as well, which the card of a
     bundle names."""
     head, text = parts_of(card.read_text(encoding="utf-8", errors="replace"))
-    shown = [
-        (entry["output"]["url"], entry.get("text", "")) for entry in head.pop("widget", []) if isinstance(entry, dict)
-    ]
-    gallery = "".join(_figure(_beside(run, card, name), words) for name, words in shown)
+    gallery = "".join(_figure(_beside(run, card, name), words) for name, words in _pictures_of(head.pop("widget", [])))
     before, mark, after = text.partition(_GALLERY)
     body = _rendered(before, run, card) + (f'<div class="gallery">{gallery}</div>' if mark else "")
     body += _rendered(after, run, card)
@@ -67,6 +64,16 @@ def parts_of(card: str) -> tuple[dict[str, Any], str]:
         except ValueError:  # a person has edited it
             values[key] = value
     return values, text
+
+
+def _pictures_of(widget: Any) -> Iterator[tuple[str, str]]:
+    """(file, text) of what a head says of pictures; a person may have edited it."""
+    for entry in widget if isinstance(widget, list) else []:
+        match entry:
+            case {"output": {"url": str(name)}}:
+                yield name, str(entry.get("text", ""))
+            case _:
+                pass
 
 
 def _rendered(text: str, run: RunFolder, card: Path) -> str:

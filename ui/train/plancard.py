@@ -60,9 +60,14 @@ class Foreseen:
     # -- in words -----------------------------------------------------------------------------------------------------
 
     def card(self) -> str:
-        lines = "".join(f"<p>{esc(line)}</p>" for line in [self.what, self.length, self.time, self.room, self.memory])
+        lines = "".join(f"<p>{esc(line)}</p>" for line in self._lines)
         looks = "".join(notice(warning, kind="warning") for warning in self.planned.warnings)
         return f'<div class="plan">{lines}{self.techniques}</div>{looks}'
+
+    @property
+    def _lines(self) -> list[str]:
+        validation = [self.validation] if self.planned.facts["validation"] else []
+        return [self.what, self.length, *validation, self.time, self.room, self.memory]
 
     @property
     def what(self) -> str:
@@ -85,6 +90,15 @@ class Foreseen:
             f"{images}, {captioned}, each seen about {times} times: {facts['steps']:,} steps "
             f"of at most {facts['batch']} images."
         )
+
+    @property
+    def validation(self) -> str:
+        """Of the loss that is measured with the same images and noise each time."""
+        facts = self.planned.facts["validation"]
+        told = f"The validation loss is measured each {facts['every']:,} steps: {facts['told']}."
+        if facts["patience"]:
+            told += f" The run ends early if it was not lower {facts['patience']:,} times in a row."
+        return told
 
     @property
     def time(self) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 import pandas as pd
 
+from ...trainer.events import Validated
 from ...trainer.jobs import RunFolder
 from ...trainer.queue import go_on
+from ...trainer.report.curves import loss_sentence, rates_sentence
 from ...trainer.status import Status
 from ...trainer.story import CurvePoint, Story
 from ..context import QUIETLY, Context, told
@@ -94,6 +96,7 @@ def running_panel(context: Context) -> Panel:
         with gr.Column(visible=False) as shown["curves"]:
             shown["loss"] = _plot("Loss of each step, and smoothed", "loss", "line", 240)
             shown["loss text"] = gr.HTML(padding=False)
+            shown["validation"] = gr.HTML(padding=False, visible=False)
             with gr.Accordion("Learning rate", open=False):
                 shown["rates"] = _plot("Learning rate of each part", "rate", "part", 180)
                 shown["rates text"] = gr.HTML(padding=False)
@@ -104,8 +107,13 @@ def running_panel(context: Context) -> Panel:
     return panel
 
 
+_COLOURS = {"each step": "#94a3b8", "smoothed": "#6366f1", "validation": "#d97706"}
+_MOST_VALIDATIONS = 250
+"""Points of the validation's curve, of which a run of days has thousands."""
+
+
 def _plot(title: str, y: str, color: str, height: int) -> gr.LinePlot:
-    colours = {"each step": "#94a3b8", "smoothed": "#6366f1"} if color == "line" else None
+    colours = _COLOURS if color == "line" else None
     return gr.LinePlot(x="step", y=y, color=color, color_map=colours, title=title, height=height, tooltip="axis")
 
 
@@ -222,7 +230,15 @@ def pulse(context: Context, name: str | None) -> tuple[Any, ...]:
     story = context.stories.of(run)
     status = run.status(story)
     moment = int(time.time() / _SECONDS_BETWEEN_PLOTS) if status.is_active else 0
-    return name, status.state, status.saved_step, len(story.samples), len(story.warnings), moment
+    return (
+        name,
+        status.state,
+        status.saved_step,
+        len(story.samples),
+        len(story.validations),
+        len(story.warnings),
+        moment,
+    )
 
 
 def spoken(context: Context, name: str | None, sent: dict[str, Any]) -> View:
@@ -346,37 +362,55 @@ def _curves(run: RunFolder, story: Story) -> View:
     shown: View = {"curves": (len(points) > 1, gr.update(visible=len(points) > 1))}
     if len(points) > 1:
         now = (run.name, len(story.steps), story.step)
-        shown |= {"loss": (now, losses(points)), "rates": (now, rates(points))}
+        shown |= {"loss": (now, losses(points, story.validations)), "rates": (now, rates(points))}
         shown |= {"loss text": _html(f"<p>{esc(loss_sentence(points))}</p>")}
+        shown |= {"validation": _html(validation_told(story.validations))}
         shown |= {"rates text": _html(f"<p>{esc(rates_sentence(points))}</p>")}
     return shown
 
 
-def losses(points: list[CurvePoint]) -> pd.DataFrame:
-    """Raw and smoothed loss by step."""
+def losses(points: list[CurvePoint], validations: Sequence[Validated] = ()) -> pd.DataFrame:
+    """Raw and smoothed loss by step, and the validation loss where it was measured."""
     rows = [(p.step, loss, line) for p in points for loss, line in ((p.loss, "each step"), (p.smoothed, "smoothed"))]
+    apart = -(-len(validations) // _MOST_VALIDATIONS) or 1
+    shown = comparable(validations)[::-apart]  # from the newest back
+    rows += [(measured.step, measured.loss, "validation") for measured in reversed(shown)]
     return pd.DataFrame(rows, columns=["step", "loss", "line"])
+
+
+def comparable(validations: Sequence[Validated]) -> list[Validated]:
+    """Those that measured the same as the newest."""
+    return [measured for measured in validations if measured.of == validations[-1].of]
+
+
+def validation_told(validations: Sequence[Validated]) -> str:
+    """What the validation loss says: how it went, and in each band of time-steps the gap between images that are held
+    out and images that are trained."""
+    if not validations:
+        return ""
+    same = comparable(validations)
+    first, last = same[0], same[-1]
+    went = f"is {last.loss:.3g}" if first is last else f"went from {first.loss:.3g} to {last.loss:.3g}"
+    went += f", lowest at step {last.best:,}" if last.best else ""
+    if not last.gaps:
+        why = "no image is held out, so it tells what is learned, and not what is learned by heart"
+        return f"<p>{esc(f'The validation loss {went}: {why}.')}</p>"
+    images = "1 image" if last.held_out == 1 else f"{last.held_out} images"
+    rows = [
+        [esc(band), f"{train:.4f}", f"{loss:.4f}", f"{gap:+.4f}", f"{before:+.4f}"]
+        for band, train, loss, gap, before in zip(
+            last.bands, last.train, last.validation, last.gaps, first.gaps, strict=False
+        )
+    ]
+    told = f"The validation loss, of {images} held out, {went}. Where the gap grows, images are learned by heart."
+    head = ["Time-steps", "Trained", "Held out", "Gap", f"Gap at step {first.step:,}"]
+    return f"<p>{esc(told)}</p>" + table(head, rows, caption=f"Gap at step {last.step:,}, by band of time-steps")
 
 
 def rates(points: list[CurvePoint]) -> pd.DataFrame:
     """Learning rate of each part by step."""
     rows = [(point.step, rate, part) for point in points for part, rate in point.lr.items()]
     return pd.DataFrame(rows, columns=["step", "rate", "part"])
-
-
-def loss_sentence(points: list[CurvePoint]) -> str:
-    """What the plot of the loss shows."""
-    first, last = points[0].smoothed, points[-1].smoothed
-    how = "rose" if last > 1.02 * first else "fell" if last < 0.98 * first else "stayed"
-    numbers = f"near {last:.3g}" if how == "stayed" else f"from {first:.3g} to {last:.3g}"
-    return f"Loss {how} {numbers} (smoothed). It is noisy here; trust the previews."
-
-
-def rates_sentence(points: list[CurvePoint]) -> str:
-    """What the plot of the learning rates shows."""
-    told = [f"{part}: {rate:.3g} now, {max(point.lr.get(part, 0) for point in points):.3g} at most"
-            for part, rate in points[-1].lr.items()]  # fmt: skip
-    return f"Learning rates. {'; '.join(told)}."
 
 
 def log_tail(run: RunFolder) -> str:
