@@ -122,12 +122,14 @@ FULL = {
     "optimizer": {"lr": 3e-7, "schedule": "linear", "warmup": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0}
     | {"options": {"d_coef": 0.8, "growth": 2, "safe": True, "a name": 'of "kind" \\ 1'}},
     "objective": {"prediction": "v_prediction", "min_snr_gamma": 3.0, "noise_offset": 0.05},
-    "save": {"every": 0, "keep": 3},
+    "save": {"every": 0, "keep": 3, "keep_best": True},
+    "validation": {"every": 50, "share": 0.25, "min_images": 8, "draws": 4, "seed": 0, "patience": 3},
     "sample": {"every": 5, "prompts": ["a\nb\ttab", 'quote " \\ back', "\u2028\x7f\x01 # no comment", ""]},
     "export": {
         "formats": ["diffusers", "kohya"],
         "precision": "fp32",
         "metadata": "all",
+        "checkpoint": "best",
         "strength": 0.8,
         "bundle": True,
     }
@@ -246,7 +248,7 @@ def test_settings_without_effect_are_reported_though_a_name_is_missing_and_a_sec
         (
             {"save": {"zzz": 2}},
             "save.zzz",
-            "Known here: save.every, save.keep.",
+            "Known here: save.every, save.keep, save.keep_best.",
         ),
     ],
     ids=[
@@ -494,6 +496,12 @@ OTHER: dict[str, Any] = {
     "objective.timestep_std": 2.0,
     "objective.multires_noise_discount": 0.8,
     "sample.prompts": ["a"],
+    "validation.share": 0.2,
+    "validation.min_images": 8,
+    "validation.draws": 4,
+    "validation.seed": 1,
+    "validation.patience": 3,
+    "save.keep_best": True,
     "export.tag_threshold": 5,
     "export.strength": 0.8,
     "runtime.fast_lora": False,

@@ -223,6 +223,7 @@ _OTHER_WRITES = {
     ("datasets/views.py", "recolour"): _IN_MEMORY,
     ("datasets/machine.py", "append"): _APPENDED,
     ("trainer/events.py", "append"): _APPENDED,
+    ("trainer/preferences/ratings.py", "_append"): _APPENDED,
     ("trainer/jobs.py", "start_detached"): "what a process says, as it says it",
     ("trainer/sweep.py", "_resume_here"): "what a process says, as it says it",
     ("ui/share/errand.py", "start"): "what a process says, as it says it",

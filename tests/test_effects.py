@@ -6,6 +6,7 @@ An option that was parsed and not applied would show here. The list is complete:
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from lorasmith.trainer.adapter import adapter_state
 from lorasmith.trainer.config import settings
 from lorasmith.trainer.configfile import merge, validate
 from lorasmith.trainer.delta import lora
-from lorasmith.trainer.jobs import create_run
+from lorasmith.trainer.jobs import RunFolder, create_run
 from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.plan import make_plan
 
@@ -78,6 +79,8 @@ CASES: dict[str, tuple[Values, Any]] = {
     "objective.timesteps": ({}, "logit-normal"),
     "objective.timestep_mean": (LOGIT, 1.0),
     "objective.timestep_std": (LOGIT, 0.3),
+    "preference.start": ({}, "pairs"),
+    "preference.beta": ({"preference.start": "pairs"}, 50.0),
     "optimizer.kind": ({}, "lion"),
     "optimizer.lr": ({}, 2e-3),
     "optimizer.text_encoder_lr": ({}, 2e-3),
@@ -132,6 +135,8 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., State]:
         "runtime": {"precision": "fp32", "cache": str(folder / "cache")},
     }
 
+    places: dict[str, RunFolder] = {}
+
     @cache
     def trained(given: str) -> State:
         values = merge(common, {"name": f"run{len(list((folder / 'runs').glob('*')))}"})
@@ -139,6 +144,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., State]:
             _set(values, dotted, value)
         plan = make_plan(validate(values))
         trainer = Trainer(plan, create_run(plan.config), lambda event: None)
+        places[given] = trainer.run
         assert trainer.train(lambda: False) == "finished"
         with trainer.as_it_is_used():
             return adapter_state(trainer.base)
@@ -146,6 +152,10 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., State]:
     def train(given: Values) -> State:
         if start := given.get("adapter.start_from"):
             given = given | {"adapter.start_from": str(_a_lora(folder / start, trained("{}")))}
+        if pairs := given.get("preference.start"):
+            trained("{}")
+            start = places["{}"].checkpoint(places["{}"].saved_steps()[-1])
+            given = given | {"preference.start": str(start), "data.0.path": str(_pairs(folder / pairs, images))}
         return trained(json.dumps(given, sort_keys=True))
 
     return train
@@ -169,8 +179,18 @@ def _a_lora(path: Path, like: State) -> Path:
     return path
 
 
+def _pairs(folder: Path, images: Path) -> Path:
+    """Each image is better than the one before it, which has its caption."""
+    for number in range(1, 4):
+        for place, image in (("better", number), ("worse", number - 1)):
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            shutil.copy(images / f"{image}.png", folder / place / f"{number}.png")
+            shutil.copy(images / f"{number}.txt", folder / place / f"{number}.txt")
+    return folder
+
+
 def test_the_list_is_complete():
-    sections = ("adapter", "block", "objective", "optimizer")
+    sections = ("adapter", "block", "objective", "optimizer", "preference")
     assert set(CASES) == {dotted for dotted, _ in settings() if dotted.partition(".")[0] in sections}
 
 

@@ -21,6 +21,7 @@ from lorasmith.trainer.events import (
     Sampled,
     Step,
     Stopped,
+    Validated,
     Warned,
     read_events,
 )
@@ -39,6 +40,7 @@ ALL: list[Event] = [
     PlanMade(10, 40, {"images": 4}, [{"name": "unet", "modules": 2}], {"sample": 5, "save": 0}),
     STEP,
     Sampled(0, "samples/step-000000", ["emoji of cat", "猫 \n second line"]),
+    Validated(2, ["0-499", "500-999"], [0.25, 0.5], [0.125, 0.25], 2, 64, "ae0f"),
     Checkpointed(3, "checkpoints/step-000003"),
     Warned("a warning"),
     Failed("went wrong", 3, "Mend it.", ["runtime.precision=fp32"], ["optimizer.lr=1e-5"], 2),
@@ -77,6 +79,7 @@ def test_each_line_is_one_object_with_time_and_type(tmp_path: Path):
         "plan",
         "step",
         "sample",
+        "validation",
         "checkpoint",
         "warning",
         "error",

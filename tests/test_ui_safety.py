@@ -262,6 +262,7 @@ def test_a_port_in_use_is_told():
         {"base": {"vae": "../vae"}},
         {"base": {"merge": ["/etc/detail.safetensors:0.5"]}},
         {"adapter": {"start_from": "/etc/start.safetensors"}},
+        {"preference": {"start": "/etc/step-000100"}},
         {"runtime": {"cache": "/var/cache"}},
     ],
     ids=str,

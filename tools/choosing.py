@@ -5,7 +5,8 @@ held-out concepts are drawn twice: by the recommended cell, and by the last chec
 have looked like is known, and the scores never saw it. Some minutes a run on two free cores.
 
 Two styles: the example's, drawings by another hand in blue ink; and chalk on a board, made of the base's own pictures.
-With `--overfit` a run sees 4 images over and over, and must be called overfitted.
+With `--overfit` a run sees 4 images over and over, and must be called overfitted. With `--tune` strengths by block are
+searched from the recommended cell, as `lorasmith tune-strength` does, and what looked best is measured as well.
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ from typing import Annotated
 import numpy as np
 import typer
 from PIL import Image
+from torch import Tensor
 
 from lorasmith.trainer.adapter import load_adapter_state, strength
 from lorasmith.trainer.bases import POCKET
 from lorasmith.trainer.checkpoint import load_checkpoint
 from lorasmith.trainer.choosing.choice import Choice, choice_file, write_choice
 from lorasmith.trainer.choosing.judge import judge_wall
+from lorasmith.trainer.choosing.mixture import Mixture
 from lorasmith.trainer.choosing.page import notes_of, page_of
+from lorasmith.trainer.choosing.tuned import write_tuned
+from lorasmith.trainer.choosing.tunedsheet import tuned_file, tuned_sheet
+from lorasmith.trainer.choosing.tuning import Tuning, task_of
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.configfile import merge, validate
 from lorasmith.trainer.console import Reporter
@@ -34,6 +40,7 @@ from lorasmith.trainer.example import EXAMPLES, STYLE, example_config
 from lorasmith.trainer.files import write_text
 from lorasmith.trainer.jobs import RunFolder, create_run
 from lorasmith.trainer.loop import Trainer
+from lorasmith.trainer.models import Base
 from lorasmith.trainer.painting.sheet import order_sheet, save_sheet
 from lorasmith.trainer.painting.studio import Studio
 from lorasmith.trainer.painting.wall import wall_order
@@ -41,6 +48,7 @@ from lorasmith.trainer.plan import make_plan
 from lorasmith.trainer.run import load_run
 from lorasmith.trainer.sample import Drawing, draw
 from lorasmith.trainer.score import StyleMeasure, colour_layout_distance
+from lorasmith.trainer.soups import interpolate_run
 
 CHALK = "chalk"
 STYLES = (STYLE, CHALK)
@@ -92,6 +100,7 @@ def main(
         ".cache/choosing"
     ),
     every_cell: Annotated[bool, typer.Option(help="Measure all cells of the walls, to see what could be had.")] = False,
+    tune: Annotated[bool, typer.Option(help="Search strengths by block as well.")] = False,
     overfit: Annotated[bool, typer.Option(help=f"Only train and judge a run on {FEW} images.")] = False,
     seen: Annotated[int, typer.Option(min=40, help="Images that this run sees, each many times.")] = FEW_SEEN,
 ) -> None:
@@ -103,9 +112,11 @@ def main(
     rows: list[Row] = []
     for name in style or STYLES:
         for seed in range(seeds):
-            config = run_config(name, seed, images, folder)
-            rows.append(measured(trained(config), name, seed, every_cell))
+            run = trained(run_config(name, seed, images, folder))
+            rows.append(measured(run, name, seed, every_cell))
             print(rows[-1], flush=True)
+            if tune:
+                print(tuned(run, name), flush=True)
     for name in style or STYLES:
         own = [row for row in rows if row.style == name]
         same = sum(row.recommended == row.last for row in own)
@@ -182,23 +193,41 @@ def judged(run: RunFolder) -> Choice:
     return choice
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Concepts that no run is trained on, with what they should look like."""
+
+    prompts: list[str]
+    true: Tensor
+    drawing: Drawing
+    measure: StyleMeasure
+
+    @classmethod
+    def of(cls, run: RunFolder, base: Base, style: str) -> HeldOut:
+        held_out = read_held_out()
+        measured = dict(held_out).values()
+        others = [file.name for file in sorted(_base_folder().glob("*.webp")) if file.name not in measured]
+        true, target = (target_pictures(style, files) for files in ([file for _, file in held_out], others))
+        measure = StyleMeasure.fit(base.vae, to_tensor(base_pictures(others)), to_tensor(target))
+        drawing = Drawing.of(run.read_config().sample, base.info.resolution)
+        return cls([f"{style} {prompt}" for prompt, _ in held_out], to_tensor(true), drawing, measure)
+
+    def measured(self, base: Base) -> tuple[float, float]:
+        """Distance and style of what the base draws as it acts now."""
+        pictures = to_tensor(draw(base, self.prompts, self.drawing))
+        distance = colour_layout_distance(pictures, self.true).mean().item()
+        return distance, float(self.measure.probability(pictures).mean())
+
+
 def measured(run: RunFolder, style: str, seed: int, every_cell: bool) -> Row:
     choice = judged(run)
     base = load_run(run.path, None).base
-    config = run.read_config()
-    drawing = Drawing.of(config.sample, base.info.resolution)
-    held_out = read_held_out()
-    prompts = [f"{style} {prompt}" for prompt, _ in held_out]
-    true = to_tensor(target_pictures(style, [file for _, file in held_out]))
-    others = [file.name for file in sorted(_base_folder().glob("*.webp")) if file.name not in dict(held_out).values()]
-    measure = StyleMeasure.fit(base.vae, to_tensor(base_pictures(others)), to_tensor(target_pictures(style, others)))
+    held_out = HeldOut.of(run, base, style)
 
     def measure_cell(step: int, at: float) -> Measured:
         load_adapter_state(base, load_checkpoint(run.checkpoint(step)).adapter)
         with strength(base, at):
-            pictures = to_tensor(draw(base, prompts, drawing))
-        distance = colour_layout_distance(pictures, true).mean().item()
-        return Measured(step, at, distance, float(measure.probability(pictures).mean()))
+            return Measured(step, at, *held_out.measured(base))
 
     best, last = choice.recommended, max(run.saved_steps())
     wanted = [(cell.step, cell.strength) for cell in choice.cells if every_cell]
@@ -207,6 +236,32 @@ def measured(run: RunFolder, style: str, seed: int, every_cell: bool) -> Row:
     told = [asdict(one) | {"scores": asdict(choice.cell(*cell).scores)} for cell, one in found.items()]
     write_text(run.path / "held-out.json", json.dumps(told, indent=2) + "\n")
     return Row(style, seed, found[best.step, best.strength] if best else None, found[last, 1.0])
+
+
+def tuned(run: RunFolder, style: str) -> str:
+    """What a search of strengths says of a run whose wall is judged, and how its start and what looked best do."""
+    task = task_of(run)
+    tuning = Tuning(task, Studio())
+    found = tuning.search()
+    write_tuned(found, tuned_file(task))
+    save_sheet(tuned_sheet(task, found), tuned_file(task).with_suffix(".png"))
+    confirmed = found.verdict.confirmed
+    mixtures = [one.mixture for one in confirmed] if confirmed else [task.start]
+    told = [f"{len(found.tried)} tried, {found.drawn} pictures drawn. {found.verdict.reason}"]
+    return "\n  ".join(told + [_on_held_out(run, mixture, style) for mixture in mixtures])
+
+
+def _on_held_out(run: RunFolder, mixture: Mixture, style: str) -> str:
+    if mixture.is_mean:
+        mean = interpolate_run(run.path, mixture.steps)
+        base, acting = mean.trained.base, mean.at(mixture.strengths)
+    else:
+        base = load_run(run.path, mixture.steps[0]).base
+        acting = strength(base, mixture.strengths)
+    held_out = HeldOut.of(run, base, style)
+    with acting:
+        distance, probability = held_out.measured(base)
+    return f"{mixture.title}: distance {distance:.4f} style {probability:.2f}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

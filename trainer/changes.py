@@ -16,15 +16,16 @@ from .origin import Change, Origin, differences
 if TYPE_CHECKING:
     from .checkpoint import TrainState
 
-_OF_A_RESUME = r"budget\.images|data\.\d+\.path|(save|sample|export|runtime)\."
+_OF_A_RESUME = r"budget\.images|data\.\d+\.path|preference\.start|(save|sample|validation|export|runtime)\."
 _WHERE_ALLOWED: dict[Change, str] = {
-    "config": r"(seed|adapter|block|budget|optimizer|objective)\b",
+    "config": r"(seed|adapter|block|budget|optimizer|objective|preference)\b",
     "data": r"(data|buckets)\b",
     "base": r"base\.",
 }
 _WHAT_MAY = (
-    "Only budget.images, data.path, save, sample, export and runtime can. For anything else start a new run, or go on "
-    "with another one after all: with --allow data for data and buckets, --allow base for the base, --allow config."
+    "Only budget.images, data.path, preference.start, save, sample, validation, export and runtime can. For anything "
+    "else start a new run, or go on with another one after all: with --allow data for data and buckets, --allow base "
+    "for the base, --allow config."
 )
 _CHANGED: dict[Change, tuple[str, str]] = {
     "config": ("the settings have changed", "Put them back, or go on with those there are now"),

@@ -44,6 +44,14 @@ class TrainState:
     """The whole run's, when this was saved: the learning rate has followed the schedule of so many."""
     at_once: int = 0
     """Images in one forward and backward pass, since the memory was full with more; 0: whole batches."""
+    best_step: int = 0
+    """With the lowest validation loss; 0: none yet."""
+    best_losses: list[float] = field(default_factory=list)
+    """Of each of its predictions."""
+    best_of: str = ""
+    """A hash of what was predicted."""
+    not_lower: int = 0
+    """How many validations in a row have not been lower since."""
     config: str = ""
     """Hash of the settings that decide the result; `origin.json` holds what this and the next are hashes of."""
     dataset: str = ""
@@ -187,9 +195,11 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 
-def prune_checkpoints(run: RunFolder, keep: str | int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
+def prune_checkpoints(run: RunFolder, keep: str | int, best: int = 0) -> None:
+    """Remove all but the newest `keep` checkpoints, and that of the `best` step."""
     if isinstance(keep, int):
         for step in run.saved_steps()[:-keep]:
+            if step == best:
+                continue
             with suppress(PermissionError):  # somebody reads it, on Windows: the next time will do
                 remove_folder(run.checkpoint(step))

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import choosing, files, measuring, preparing, queue, sharing, sweeping, training
+from .commands import choosing, files, measuring, preparing, queue, refining, reporting, sharing, sweeping, training
 from .errors import INTERRUPTED, LorasmithError, TrainingError, UserError
 
 app = typer.Typer(
@@ -85,7 +85,8 @@ for command in (
     *(training.demo, preparing.init, preparing.check, preparing.caption, preparing.plan, preparing.doctor),
     *(training.train, training.resume, training.verify_resume, training.stop, training.save, training.preview),
     *(training.runs, sweeping.sweep, measuring.bench, training.ui),
-    *(sharing.sample, choosing.compare, sharing.interpolate, sharing.export, sharing.publish),
+    *(sharing.sample, choosing.compare, choosing.tune_strength, choosing.leaks, reporting.report, refining.refine),
+    *(sharing.interpolate, sharing.export, sharing.publish),
     *(files.verify, files.inspect, files.convert, files.merge, files.resize, files.extract, files.blend),
 ):
     app.command()(command)

@@ -336,6 +336,17 @@ class ObjectiveSection(Section):
     """With logit-normal: how wide it is."""
 
 
+class PreferenceSection(Section):
+    """A run that refines another by what people said of its pictures. `lorasmith refine` writes it."""
+
+    start: str = ""
+    """The checkpoint that is trained further, such as "runs/ink/checkpoints/step-000450"; it is the reference as well.
+    The sets of images then hold rated pictures in better/ and worse/, up/ and down/. Empty: an ordinary training."""
+    beta: float = Field(default=1000.0, gt=0, le=1e6)
+    """How dear it is to leave the reference: the larger, the nearer the run stays (Diffusion-DPO, Wallace et al. 2023,
+    who take 2000 to 5000, with very many pairs). 1000, because few pairs have to move something."""
+
+
 class SaveSection(Section):
     """Checkpoints, in steps."""
 
@@ -343,6 +354,9 @@ class SaveSection(Section):
     """A checkpoint each so many steps, and one at the end. 0: only at the end."""
     keep: Literal["all"] | int = "all"
     """`all`, or how many of the newest checkpoints to keep."""
+    keep_best: bool = False
+    """Save whenever the validation loss is lower than ever by more than its noise, and keep the last such checkpoint
+    whatever `keep` says."""
 
     @field_validator("keep", mode="plain")  # in place of pydantic's own, which reports a problem for each of the two
     @classmethod
@@ -369,6 +383,28 @@ class SampleSection(Section):
     """Classifier-free guidance scale. 1: none."""
 
 
+class ValidationSection(Section):
+    """A loss with the same images, time-steps and noise each time. It can be compared from step to step, which the loss
+    of a step cannot."""
+
+    every: int = Field(default=0, ge=0, le=10_000_000)
+    """Measured each so many steps, at step 0 and at the end. 0, because images that are held out for it are not
+    learned, and a small set needs them all: never."""
+    share: float = Field(default=0.1, ge=0, le=0.5)
+    """Share of the style's images that are held out: never trained on, two at least. 0: none; then the training images
+    are measured with noise of their own."""
+    min_images: int = Field(default=20, ge=4, le=1_000_000)
+    """A style of fewer images keeps them all, as with a share of 0."""
+    draws: int = Field(default=16, ge=1, le=10_000)
+    """Noises of each band of time-steps, for the held-out images in turn, and as many for training images. More tell
+    finer differences, and take longer."""
+    seed: int = Field(default=4321, ge=0, lt=2**63)
+    """Seed of time-steps and noise, which no step of the training draws."""
+    patience: int = Field(default=0, ge=0, le=1_000_000)
+    """The run ends when the loss was not lower than its lowest, by more than its noise, so many times in a row. 0:
+    never, because pictures may get better while this loss does not."""
+
+
 class ExportSection(Section):
     """The files to share, written at the end of a run and by `lorasmith export`, and what they say about themselves."""
 
@@ -385,6 +421,9 @@ class ExportSection(Section):
     tag_threshold: int = Field(default=3, ge=1, le=1_000_000)
     """With metadata "safe": a tag is told if at least so many images of a folder have it, and if it is no sentence. 3,
     because what one or two images have may be a caption, or a name."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Whose weights the files at the end of a run hold: of its last step, or, with save.keep_best, of the checkpoint
+    with the lowest validation loss."""
     strength: float = Field(default=1.0, gt=0, le=10)
     """The strength that others are told to use it at. 1: as it was trained, which is how the previews are drawn."""
     title: str = ""
@@ -453,8 +492,10 @@ class RunConfig(Section):
     budget: BudgetSection = Field(default_factory=BudgetSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
+    preference: PreferenceSection = Field(default_factory=PreferenceSection)
     save: SaveSection = Field(default_factory=SaveSection)
     sample: SampleSection = Field(default_factory=SampleSection)
+    validation: ValidationSection = Field(default_factory=ValidationSection)
     export: ExportSection = Field(default_factory=ExportSection)
     runtime: RuntimeSection = Field(default_factory=RuntimeSection)
 

@@ -160,7 +160,7 @@ def provenance(
             return "file"
         return "default" if by_recipe is _ABSENT else "recipe"
 
-    return {dotted: origin(dotted, value, default) for dotted, value, default in _leaves(config)}
+    return {dotted: origin(dotted, value, default) for dotted, value, default in leaves(config)}
 
 
 def _all_set(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -199,6 +199,7 @@ def _table_at(values: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]
     return (table if isinstance(table, dict) else {}), key
 
 
+REQUIRED = object()
 _ABSENT = object()
 
 
@@ -211,17 +212,18 @@ def _value_at(values: Any, dotted: str) -> Any:
     return values
 
 
-def _leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Each setting as (dotted path, value, default), with the number of its table in a list."""
+def leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Each setting as (dotted path, value, default), with the number of its table in a list; the default of one that
+    has to be given is `REQUIRED`."""
     for name, field in type(section).model_fields.items():
         value, dotted = getattr(section, name), f"{prefix}{name}"
         if isinstance(value, Section):
-            yield from _leaves(value, f"{dotted}.")
+            yield from leaves(value, f"{dotted}.")
         elif table_of(field.annotation):
             for number, table in enumerate(value):
-                yield from _leaves(table, f"{dotted}.{number}.")
+                yield from leaves(table, f"{dotted}.{number}.")
         else:
-            yield dotted, value, field.get_default(call_default_factory=True)
+            yield dotted, value, REQUIRED if field.is_required() else field.get_default(call_default_factory=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from .config import AdapterSection, RunConfig
 from .configfile import Origin
-from .events import Checkpointed, Done, Event, Phase, PlanMade, Sampled, Step, Stopped, Warned
+from .events import Checkpointed, Done, Event, Phase, PlanMade, Sampled, Step, Stopped, Validated, Warned
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -73,14 +73,16 @@ class Reporter:
                 self._bar("training", event.step, self.steps, f"loss {self.loss:.4f}  lr {rates}")
             case Sampled(step, folder):
                 self._line(f"step {step}: previews in {folder}")
+            case Validated():
+                self._line(f"step {event.step}: {validation_sentence(event)}")
             case Checkpointed(step, folder):
                 self._line(f"step {step}: saved {folder}")
             case Warned(message):
                 self._line(f"[yellow]warning:[/] {escape(message)}")
             case Stopped(step):
                 self._line(f"stopped and saved at step {step}")
-            case Done(step):
-                self._line(f"done, {step} steps")
+            case Done(step, _, why):
+                self._line(f"done, {step} steps{f': {why}' if why else ''}")
 
     def _bar(self, name: str, done: int, total: int, note: str = "") -> None:
         if self.is_terminal:
@@ -105,6 +107,19 @@ def trained_sentence(parts: list[dict[str, Any]]) -> str:
         f"training {part['name']}: {part['modules']} modules, {part['parameters']:,} parameters, {_rate(part)}"
         for part in parts
     )
+
+
+def validation_sentence(measured: Validated) -> str:
+    """What a measure of the validation loss has come to."""
+    told = f"validation loss {measured.loss:.4f}"
+    if measured.best:
+        told += (
+            ", the lowest so far" if measured.best == measured.step else f" (the lowest was at step {measured.best})"
+        )
+    if not measured.gaps:
+        return told
+    gaps = ", ".join(f"{gap:+.4f} at {band}" for gap, band in zip(measured.gaps, measured.bands, strict=False))
+    return f"{told}; gap to the training images by time-step: {gaps}"
 
 
 def _rate(part: dict[str, Any]) -> str:
@@ -134,6 +149,12 @@ def what_is_trained(adapter: AdapterSection) -> str:
     return f"adapter: {adapter.kind}, {size}, {adapter.targets}, on {parts}{only}"
 
 
+def preference_sentence(facts: dict[str, Any]) -> str:
+    """What a run that refines another learns from; a pair counts as one image."""
+    said = f"{facts['pairs']} pairs, {facts['thumbs_up']} thumbs up, {facts['thumbs_down']} down"
+    return f"preferences: {said}, each counted as one image; it refines {facts['start']}, beta {facts['beta']:g}"
+
+
 def print_plan(plan: Plan) -> None:
     """The plan in words and numbers."""
     facts, config = plan.facts(), plan.config
@@ -148,9 +169,16 @@ def print_plan(plan: Plan) -> None:
         out.print(f"masks: of {facts['masks']} of {facts['images']} images")
     for line in _data_lines(facts["data"]):
         out.print(line, markup=False)
+    if facts["preference"]:
+        out.print(preference_sentence(facts["preference"]), markup=False)
     buckets = ", ".join(f"{count} x {size}" for size, count in facts["buckets"].items())
     out.print(f"buckets: {buckets}")
     out.print(f"length: {length_sentence(plan)}")
+    if validation := facts["validation"]:
+        often = f"each {validation['every']} steps, {validation['predictions']} predictions"
+        out.print(f"validation loss ({often}): {validation['told']}", markup=False)
+        if validation["patience"]:
+            out.print(f"ends early, if it was not lower {validation['patience']} times in a row")
     out.print(f"if the memory is full: {plan.if_memory_is_full}")
     out.print(what_is_trained(config.adapter), markup=False)
     _print_parts(facts["trained"])

@@ -18,10 +18,10 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safete
 
 def examine() -> dict[str, dict[str, Any]]:
     """Topics, each with its facts by name."""
-    return {"versions": _versions(), "devices": _devices(), "disk": _disk()}
+    return {"versions": versions(), "devices": _devices(), "disk": _disk()}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {"lorasmith": __version__, "python": platform.python_version(), "system": platform.platform()}
     for package in _PACKAGES:
         try:

@@ -46,10 +46,13 @@ class Pace:
     """Seconds; the median over all their steps."""
     picture: float
     """Seconds for one denoising step of one preview; 0 where none was drawn."""
+    validation: float = 0.0
+    """Seconds for one measure of the validation loss; 0 where none was taken."""
 
     def seconds(self, steps: int, config: RunConfig) -> float:
-        """For so many steps and the previews that come with them."""
-        return steps * self.step + _previews(steps, config) * config.sample.steps * self.picture
+        """For so many steps, and the previews and validations that come with them."""
+        previews = _previews(steps, config) * config.sample.steps * self.picture
+        return steps * self.step + previews + _rounds(steps, config.validation.every) * self.validation
 
 
 def pace_of(facts: Mapping[str, Any], config: RunConfig, stories: Iterable[Story]) -> Pace | None:
@@ -59,10 +62,13 @@ def pace_of(facts: Mapping[str, Any], config: RunConfig, stories: Iterable[Story
     if not like:
         return None
     drawn = [seconds for story in like for seconds in _seconds_of_pictures(story)]
+    asked = [seconds for story in like for seconds in story.prediction_seconds]
+    predictions = facts.get("validation", {}).get("predictions", 0)
     return Pace(
         runs=len(like),
         step=statistics.median(seconds for story in like for seconds in story.steps.seconds),
         picture=statistics.median(drawn) if drawn else 0.0,
+        validation=predictions * statistics.median(asked) if asked else 0.0,
     )
 
 
@@ -160,14 +166,20 @@ def disk_of(facts: Mapping[str, Any], config: RunConfig) -> Disk:
 
 
 def _checkpoints(steps: int, config: RunConfig) -> int:
-    made = -(-steps // config.save.every) if config.save.every else 1
-    return made if config.save.keep == "all" else min(made, int(config.save.keep))
+    save, measured = config.save, config.validation.every
+    made = -(-steps // save.every) if save.every else 1
+    if save.keep_best and (not save.every or measured % save.every):
+        made += steps // measured  # at most: one where each validation is the best so far
+    return made if save.keep == "all" else min(made, int(save.keep) + save.keep_best)
 
 
 def _previews(steps: int, config: RunConfig) -> int:
-    """Before the first step, at each `sample.every`, and at the last."""
-    rounds = 1 + -(-steps // config.sample.every) if config.sample.every else 0
-    return rounds * len(config.sample.prompts)
+    return _rounds(steps, config.sample.every) * len(config.sample.prompts)
+
+
+def _rounds(steps: int, every: int) -> int:
+    """Before the first step, each so many steps, and at the last; 0 is never."""
+    return 1 + -(-steps // every) if every else 0
 
 
 def free_bytes(folder: Path) -> int:

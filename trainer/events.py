@@ -49,7 +49,8 @@ class PlanMade(Event):
     plan: dict[Text, Any] = field(default_factory=dict)
     parts: list[dict[Text, Any]] = field(default_factory=list)
     every: dict[Text, Count] = field(default_factory=dict)
-    """Steps between previews, `sample`, and between checkpoints, `save`; 0: never, or only at the end."""
+    """Steps between previews, `sample`, between checkpoints, `save`, and between measures of the `validation` loss; 0:
+    never, of checkpoints only at the end."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,38 @@ class Sampled(Event):
     step: Count
     folder: Text
     prompts: list[Text]
+
+
+@dataclass(frozen=True)
+class Validated(Event):
+    """The validation loss was measured: the same images, time-steps and noise as at the steps before."""
+
+    type: ClassVar[str] = "validation"
+    step: Count
+    bands: list[Text]
+    """The first and last time-step of each band, as `0-249`."""
+    validation: list[Number]
+    """The mean loss in each band: of images that are held out, or where none are, of training images."""
+    train: list[Number]
+    """Likewise of training images with the same noise; empty where no image is held out."""
+    held_out: Count
+    """Images."""
+    predictions: Count
+    """How often the model was asked."""
+    of: Text
+    """A hash of all that was measured. Losses that differ in it cannot be compared."""
+    best: Count = 0
+    """The step whose loss is the lowest so far, by more than its noise; 0: none but that of the untouched base."""
+
+    @property
+    def loss(self) -> float:
+        """Over all bands."""
+        return sum(self.validation) / len(self.validation) if self.validation else math.nan
+
+    @property
+    def gaps(self) -> list[float]:
+        """By how much images that are held out are predicted worse, in each band."""
+        return [mine - theirs for mine, theirs in zip(self.validation, self.train, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -122,15 +155,17 @@ class Stopped(Event):
 
 @dataclass(frozen=True)
 class Done(Event):
-    """The run reached its budget, and its export was verified."""
+    """The run reached its budget, or had a reason to end before, and its export was verified."""
 
     type: ClassVar[str] = "done"
     step: Count
     exports: list[Text]
+    why: Text = ""
+    """Why it ended before its budget was spent."""
 
 
 _TYPES: dict[str, type[Event]] = {
-    kind.type: kind for kind in (Phase, PlanMade, Step, Sampled, Checkpointed, Warned, Failed, Stopped, Done)
+    kind.type: kind for kind in (Phase, PlanMade, Step, Sampled, Validated, Checkpointed, Warned, Failed, Stopped, Done)
 }
 
 

@@ -105,7 +105,8 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Largest:
-    """The batch that takes most: the last one of a bucket may be smaller, and a bucket may never fill one."""
+    """The batch that takes most: the last one of a bucket may be smaller, and a bucket may never fill one. Of a pair
+    both pictures are in it."""
 
     width: int
     height: int
@@ -115,7 +116,7 @@ class Largest:
     def of(cls, plan: Plan) -> Largest:
         """Of the first epoch that has any: an image may come in every other epoch only."""
         batches = next(batches for number in count() if (batches := plan.order.epoch(number)))
-        return max((cls(*_bucket_of(plan, batch[0]), tuple(batch)) for batch in batches), key=_pixels)
+        return max((cls(*_bucket_of(plan, batch[0]), plan.taken_by(batch)) for batch in batches), key=_pixels)
 
     @property
     def images(self) -> int:
@@ -300,6 +301,8 @@ class ForeseenRun:
         yield Item("optimizer", state, f"what {optimizer.kind} keeps of each weight")
         if self._has_averages:
             yield Item("averages", 4 * self._trained_numbers, "a running average of each weight, in fp32")
+        if self.config.preference.start:
+            yield Item("reference", 4 * self._trained_numbers, "the weights that the run began with, in fp32")
 
     # -- dry runs -----------------------------------------------------------------------------------------------------
 

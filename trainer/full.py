@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,7 +67,7 @@ def interpolated(base: Base, strengths: Strengths) -> Iterator[None]:
     tuned: dict[str, Tensor] = {}
     try:
         with torch.no_grad():
-            original = _original(base, moved) if moved else {}
+            original = original_weights(base, moved) if moved else {}
             for name in moved:
                 tuned[name] = live[name].detach().cpu().clone()
                 live[name].copy_(torch.lerp(original.pop(name), tuned[name].float(), factors[name]))
@@ -78,7 +78,7 @@ def interpolated(base: Base, strengths: Strengths) -> Iterator[None]:
                 live[name].copy_(weight)
 
 
-def _original(base: Base, names: Sequence[str]) -> dict[str, Tensor]:
+def original_weights(base: Base, names: Iterable[str]) -> dict[str, Tensor]:
     """Of the base's own weights those of these names, fp32, on the CPU."""
     components = load_base(base.info).components
     return {

@@ -20,6 +20,8 @@ NESTED_PROBLEMS = "several settings have no effect"
 LOW_RANK = ("lora", "dora", "loha", "lokr")
 ADAPTERS = (*LOW_RANK, "oft", "boft")
 _TAGS, _DRAWN = ("shuffle_caption", "caption_tag_dropout"), ("crop", "crop_jitter", "colour_jitter")
+_VARYING = (*_TAGS, "wildcards", *_DRAWN, "flip", "regularization", "machine_weight", "machine_caption_dropout")
+"""Settings of a `[[data]]` table that a pair of pictures cannot share, or that rated pictures cannot have."""
 
 ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "adapter.rank": ("adapter.kind", LOW_RANK),
@@ -68,6 +70,12 @@ OF_SWITCHES: dict[str, tuple[tuple[str, ...], str]] = {
 
 OF_NUMBERS = {
     "sample.prompts": "sample.every",  # the other settings of the section serve `lorasmith sample` as well
+    "validation.share": "validation.every",
+    "validation.min_images": "validation.every",
+    "validation.draws": "validation.every",
+    "validation.seed": "validation.every",
+    "validation.patience": "validation.every",
+    "save.keep_best": "validation.every",
     "objective.multires_noise_discount": "objective.multires_noise_iterations",
     "optimizer.token_lr": "adapter.new_tokens",
     "adapter.token_init": "adapter.new_tokens",
@@ -89,6 +97,10 @@ def dropped_by(switch: str, value: Any) -> Iterator[str]:
     """
     yield from (dotted for dotted, (choice, values) in ONLY_WITH.items() if choice == switch and value not in values)
     yield from (dotted for dotted, number in OF_NUMBERS.items() if number == switch and not value)
+    if switch in ("validation.every", "save.keep_best") and not value:
+        yield "export.checkpoint"
+    if switch == "validation.share" and not value:
+        yield "validation.min_images"
     if switch in RATE_OF and not value:
         yield RATE_OF[switch]
     if switch == "runtime.precision" and value == "fp32":
@@ -105,6 +117,7 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
     yield from _idle_blocks(config)
     yield from _idle_of_data(config)
     yield from _idle_formats(config)
+    yield from _idle_preference(config)
     yield from _contradictions(config)
 
 
@@ -197,6 +210,26 @@ def _idle_formats(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f"export.formats.{number}", "names a format again", "Remove one of the two.")
 
 
+def _idle_preference(config: RunConfig) -> Iterator[Problem]:
+    """What has no place in a run that refines another: there, two pictures are compared under the same conditions."""
+    if not config.preference.start:
+        if not is_default(config.preference, "beta"):
+            fix = "Remove it, or set preference.start, as lorasmith refine does."
+            yield Problem("preference.beta", "has no effect, because preference.start is not set", fix)
+        return
+    for dotted in ("adapter.start_from", "objective.loss", "validation.every"):
+        if not is_default(*_at(config, dotted)):
+            yield Problem(dotted, "has no place in a run that refines another (preference.start)", "Remove it.")
+    for number, data in enumerate(config.data):
+        for key in _VARYING:
+            if not is_default(data, key):
+                what = "would show two pictures of a pair in two ways, or does not go with preference.start"
+                yield Problem(f"data.{number}.{key}", what, "Remove it.")
+        if len(data.resolutions) > 1:
+            what = "are several, and a pair is shown in one size (preference.start)"
+            yield Problem(f"data.{number}.resolution", what, "Leave one.")
+
+
 def _contradictions(config: RunConfig) -> Iterator[Problem]:
     adapter, optimizer, objective = config.adapter, config.optimizer, config.objective
     if adapter.targets in ("all-linear", "all") and adapter.text_encoder and not adapter.unet:
@@ -225,10 +258,13 @@ def _contradictions(config: RunConfig) -> Iterator[Problem]:
         yield Problem("adapter.init", what, "Remove one of the two.")
     if adapter.new_tokens and adapter.kind == "full":
         yield Problem("adapter.new_tokens", 'goes with an adapter, and adapter.kind is "full"', "Remove it.")
-    if adapter.new_tokens and len({d.trigger for d in config.data if not d.regularization}) != 1:
+    triggers = {d.trigger for d in config.data if not d.regularization}
+    if config.preference.start:  # prompts without the trigger are rated as well
+        triggers = triggers - {""} or triggers
+    if adapter.new_tokens and len(triggers) != 1:
         what = "gives one trigger new tokens, and the sets of images have several"
         yield Problem("adapter.new_tokens", what, "Give all [[data]] tables of the style the same trigger.")
-    elif adapter.new_tokens and not next(d.trigger for d in config.data if not d.regularization):
+    elif adapter.new_tokens and triggers == {""}:
         yield Problem("adapter.new_tokens", "needs a trigger to stand for", 'Set data.trigger = "mystyle".')
     elif adapter.new_tokens and not re.fullmatch(r"[\w-]+", config.trigger):
         what = f"are kept in a file that is called as the trigger, and {config.trigger!r} is no plain name"
@@ -241,6 +277,12 @@ def _contradictions(config: RunConfig) -> Iterator[Problem]:
         yield Problem("objective.multires_noise_iterations", what, "Set it to 6, or to 0 for none.")
     if objective.min_timestep > objective.max_timestep:
         yield Problem("objective.min_timestep", "is above objective.max_timestep", "Exchange the two.")
+    if config.export.checkpoint == "best" and not config.save.keep_best:
+        what = "cannot be had, because save.keep_best is false"
+        yield Problem("export.checkpoint", what, 'Set save.keep_best = true, or export.checkpoint = "last".')
+    if config.validation.share == 0 and not is_default(config.validation, "min_images"):
+        what = "has no effect, because validation.share is 0: no image is held out"
+        yield Problem("validation.min_images", what, "Remove it.")
     if config.runtime.autocast and config.runtime.precision == "fp32":
         what = 'has no effect, because runtime.precision is "fp32": nothing is cast'
         yield Problem("runtime.autocast", what, 'Remove it, or set runtime.precision = "bf16".')

@@ -28,7 +28,7 @@ from .files import atomic_folder, remove, remove_leftovers, rename, writable, wr
 from .jsonfile import read_json
 from .owner import Owner, ProcessId, read_process, write_process
 from .status import State, Status
-from .story import DRAWING, EXPORTING, SAVING, Story
+from .story import DRAWING, EXPORTING, SAVING, VALIDATING, Story
 from .waiting import Current, WaitingList, changed_waiting, read_waiting
 
 Request = Literal["stop", "save", "sample"]
@@ -38,7 +38,12 @@ _WHAT_IT_DOES: dict[Request, str] = {
     "save": "will save",
     "sample": "will draw previews",
 }
-_PHASES: dict[str, State] = {DRAWING: "sampling", SAVING: "saving", EXPORTING: "exporting"}
+_PHASES: dict[str, State] = {
+    DRAWING: "sampling",
+    VALIDATING: "training",
+    SAVING: "saving",
+    EXPORTING: "exporting",
+}
 
 VERIFIED = "-verified.json"
 """What the name of a file ends in that says how near exported files are to what was trained, by client."""
@@ -126,13 +131,14 @@ class RunFolder:
         story.refresh()  # after the look at the process: it may have had its last word in between
         state = self._state(story, alive, read_waiting(self.path.parent))
         failure = story.last_word if isinstance(story.last_word, Failed) and state == "failed" else Failed("")
+        why = story.last_word.why if isinstance(story.last_word, Done) and state == "done" else ""
         saved_step = max(self.saved_steps(), default=0)
         status = Status(
             state=state,
             step=max(story.step, saved_step),  # of a log that was torn: what was saved was taken
             steps=story.plan.steps if story.plan else 0,
             saved_step=saved_step,
-            message=failure.message,
+            message=failure.message or why,
             fix=failure.fix,
             overrides=tuple(failure.overrides),
             anew=tuple(failure.anew),

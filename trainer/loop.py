@@ -42,10 +42,13 @@ from .models import Base, Conditions, Tokens, load_base
 from .noise import Draws, add_noise, derive_seed, draw_batch, image_loss, loss_weight, scheduled_huber_c, target_of
 from .optim import effective_rates, load_optimizer, make_optimizer, schedule_factor, set_learning_rates
 from .plan import Plan, prompts_from
+from .preferences.dpo import Reference, implicit_reward, margins, preference_loss
+from .preferences.start import read_start_of
 from .sample import Drawing, draw, drawn_like, save_previews
 from .shelf import Shelf
 from .speed import compute_fast, recompute_activations
-from .story import DRAWING, SAVING
+from .story import DRAWING, SAVING, VALIDATING
+from .validation import Validation
 
 Emit = Callable[[Event], None]
 Outcome = Literal["finished", "stopped"]
@@ -114,6 +117,7 @@ class Trainer:
         self._put_on(afresh=checkpoint is None)
         self._prepare(checkpoint)
         self.drawing = Drawing.of(self.config.sample, plan.base.resolution)
+        self.validation = Validation.of(plan, self.latents, self.base.scaling_factor, len(self.alphas_cumprod))
 
     # -- level 1: the run ---------------------------------------------------------------------------------------------
 
@@ -129,6 +133,10 @@ class Trainer:
     def _train(self, should_stop: Callable[[], bool]) -> Outcome:
         if self._agree(self.accelerator.is_main_process and not self._base_was_drawn()):
             self._sample(untouched=True)
+        if self.state.step == 0:
+            self._validate()
+        if self._has_waited_enough():  # and was killed before it could say so
+            return "finished"
         if self._agree(should_stop()):
             return self._stop()
 
@@ -136,18 +144,23 @@ class Trainer:
         for batches in steps:
             self._report(*self.train_step(batches))
 
-            # once in a while, or because someone asks: preview, then save
+            # once in a while, or because someone asks: measure, preview, then save
             last, asked = self.state.step == self.plan.steps, self._requests()
+            if last or is_due(self.state.step, self.config.validation.every):
+                self._validate()
+                last = last or self._has_waited_enough()
             if last or is_due(self.state.step, self.config.sample.every):
                 self._sample()
             elif asked["sample"]:
                 self._sample_as_asked()
-            if last or is_due(self.state.step, self.config.save.every) or asked["save"]:
+            if last or is_due(self.state.step, self.config.save.every) or asked["save"] or self._is_best():
                 self._save()
 
             # someone wants to stop: keep the work
             if not last and self._agree(should_stop()):
                 return self._stop()
+            if last:
+                break
         return "finished"
 
     def _stop(self) -> Outcome:
@@ -218,20 +231,43 @@ class Trainer:
         self.flat.zero_grad() if self.flat else self.denoiser.zero_grad()
 
     def _loss(self, shots: Sequence[Shot], first: int) -> Tensor:
-        """The loss of each image of a batch of this step; what the caches hold of it no more is made anew."""
+        """The loss of each image of a batch of this step."""
+        examples = [self.plan.examples[shot.image] for shot in self.plan.taken_by(shots)]
+        return self._from_caches(lambda: self.loss(shots, self.state.step, first), examples)
+
+    def _from_caches(self, work: Callable[[], Tensor], examples: Sequence[Example]) -> Tensor:
+        """What is made of some images; what the caches hold of these no more is made anew."""
         try:
-            return self.loss(shots, self.state.step, first)
+            return work()
         except GoneError as gone:
             with self._encoders(resting=False):
-                self._encode([self.plan.examples[shot.image] for shot in shots])
+                self._encode(examples)
             self.emit(Warned(f"{gone.problems[0].where}: {gone.problems[0].what}; made anew"))
-        return self.loss(shots, self.state.step, first)
+        return work()
 
     # -- level 3: the loss of one batch -------------------------------------------------------------------------------
 
     def loss(self, shots: Sequence[Shot], step: int, first: int) -> Tensor:
         """The weighted loss of each image of a batch, (batch,); `first` images of the step stand before it."""
-        shown, drawn = self._drawn(shots, step, first)
+        rated, places = self.plan.rated, range(first, first + len(shots))
+        if rated is None:
+            return self._errors(*self._drawn(shots, step, places), step, first)
+        rows, units = rated.with_the_worse(shots)
+        seen = self._drawn(rows, step, [places[unit] for unit in units])
+        assert self.reference is not None
+        with self.reference.standing_in():
+            before = self._errors(*seen, step, first)
+        reward = implicit_reward(self._errors(*seen, step, first), before, self.config.preference.beta)
+        return preference_loss(margins(reward, rated.signs(shots), units))
+
+    def _errors(self, shown: list[Showing], drawn: Draws, step: int, first: int) -> Tensor:
+        """The weighted error of each image, (batch,)."""
+        if self.config.adapter.drops:  # from torch's global generators, which must not depend on what came before
+            torch.manual_seed(derive_seed(self.config.seed, step, first, 1))  # no image draws from this seed
+        return self._weighted(self.denoiser, shown, drawn)
+
+    def _weighted(self, denoiser: nn.Module, shown: list[Showing], drawn: Draws) -> Tensor:
+        """The weighted error of each image, (batch,), of all processes or of this one alone."""
         prediction, objective, alphas_cumprod = self.plan.base.prediction, self.config.objective, self.alphas_cumprod
         target = target_of(prediction, drawn.x0, drawn.eps, drawn.t, alphas_cumprod)
         weight = loss_weight(objective.weighting, prediction, drawn.t, alphas_cumprod, objective.min_snr_gamma)
@@ -240,16 +276,14 @@ class Trainer:
         mask = self.masks.read(shown, drawn.x0.shape)
 
         device = self.accelerator.device
-        if self.config.adapter.drops:  # from torch's global generators, which must not depend on what came before
-            torch.manual_seed(derive_seed(self.config.seed, step, first, 1))  # no image draws from this seed
-        predicted = self.denoiser(*self._seen(shown, drawn))
+        predicted = denoiser(*self._seen(shown, drawn))
         mask = None if mask is None else mask.to(device)
         return weight.to(device) * image_loss(objective.loss, predicted, target.to(device), huber_c.to(device), mask)
 
-    def _drawn(self, shots: Sequence[Shot], step: int, first: int) -> tuple[list[Showing], Draws]:
-        """The images of a batch, and all that is random about them."""
+    def _drawn(self, shots: Sequence[Shot], step: int, places: Sequence[int]) -> tuple[list[Showing], Draws]:
+        """The images of a batch, and all that is random about them, from the place of each in its step."""
         shown = [showing(self.plan.examples, shot) for shot in shots]
-        seeds = [derive_seed(self.config.seed, step, first + number) for number in range(len(shots))]
+        seeds = [derive_seed(self.config.seed, step, place) for place in places]
         mean, std = self.latents.read(shown)
         objective, total = self.config.objective, len(self.alphas_cumprod)
         return shown, draw_batch(mean, std, self.base.scaling_factor, objective, total, seeds)
@@ -270,7 +304,7 @@ class Trainer:
         self.masks = MaskCache(self.plan.cache, self.base.info.vae_factor)
         self.text = TextCache(self.plan.cache, self.base.text_fingerprint)
         with self.accelerator.main_process_first():
-            self._encode(self.plan.examples)
+            self._encode([*self.plan.examples, *self.plan.held_out])
 
     def _encode(self, examples: Sequence[Example]) -> None:
         """Make what the caches lack of some images."""
@@ -289,7 +323,9 @@ class Trainer:
         start = read_start(config.adapter, base) if afresh else {}
         put_on(base, config.adapter, config.seed, config.block, config.trigger, start)
         self.parts = parts(base, config)
-        if afresh and config.adapter.init == "eva":
+        if config.preference.start:
+            load_adapter_state(base, read_start_of(config))
+        elif afresh and config.adapter.init == "eva":
             self._look_at_data()
 
     @torch.no_grad()
@@ -303,7 +339,7 @@ class Trainer:
             for name, layer in tuner_layers(module)
         }
         shots = islice(self.plan.order.steps(1), _LOOKED_AT)
-        batches = [self._seen(*self._drawn(batch, step, 0)) for step, [batch] in enumerate(shots)]
+        batches = [self._seen(*self._drawn(batch, step, range(len(batch)))) for step, [batch] in enumerate(shots)]
         denoiser = Denoiser(self.base, self.config.adapter.trains_text)
         progress = self._progress("looking for the directions of the data")
         others = look_at_data(layers, batches, lambda batch: denoiser(*batch), ADAPTER, progress)
@@ -329,6 +365,7 @@ class Trainer:
         optimizer = make_optimizer(config.optimizer, groups, self.fused)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.averages = Averages(self.trained, optimizer, config.optimizer.ema_decay)
+        self.reference = Reference(self.optimized) if config.preference.start else None
         self.saved_step = checkpoint.state.step if checkpoint else -1
         origin = self.plan.origin
         self.state = replace(
@@ -340,8 +377,14 @@ class Trainer:
         )
         if checkpoint:
             self._restore(checkpoint)
+            if checkpoint.state.steps != self.plan.steps:
+                self.state.not_lower = 0  # who wants more of a run that has ended early gets it
         facts = self.plan.facts() | {"dataset": self.plan.dataset_facts()}
-        every = {"sample": config.sample.every, "save": config.save.every}
+        every = {
+            "sample": config.sample.every,
+            "save": config.save.every,
+            "validation": config.validation.every,
+        }
         self.emit(PlanMade(self.plan.steps, self.plan.images, facts, [asdict(part) for part in self.parts], every))
 
     def _speed_up(self) -> bool:
@@ -478,6 +521,52 @@ class Trainer:
             return f"{error.filename or self.run.path} cannot be written ({error.strerror or error})"
         return f"{memory_of(self.accelerator.device)} does not hold what a single one of them takes"
 
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Measure the validation loss of this step, each process a part of it. A full memory does not end the run for
+        it: it is told, and the loss is left out."""
+        if self.validation is None:
+            return
+        self.emit(Phase(VALIDATING))
+        measured, fits = self.validation.nothing(), True
+        try:
+            with self.as_it_is_used():
+                measured = self._from_caches(self._measured, self.validation.examples())
+        except OUT_OF_MEMORY as error:
+            fits = False
+            if not is_full(error):
+                raise
+        if self._agree(not fits):
+            why = f"{memory_of(self.accelerator.device)} does not hold what a single prediction takes"
+            self.emit(Warned(f"step {self.state.step} has no validation loss: {why}; training goes on"))
+        else:
+            losses = self._sum(measured.to(self.accelerator.device)).cpu()
+            self.emit(self.validation.take_in(self.state, losses))
+
+    def _is_best(self) -> bool:
+        """Whether this step is to be saved for its validation loss."""
+        return self.config.save.keep_best and self.state.best_step == self.state.step > 0
+
+    def _has_waited_enough(self) -> bool:
+        """Whether the validation loss has not become lower for as long as it is waited for."""
+        return 0 < self.config.validation.patience <= self.state.not_lower
+
+    @property
+    def ended_early(self) -> str:
+        """Why a run that is finished ended before its budget was spent; empty if it did not."""
+        if self.state.step == self.plan.steps:
+            return ""
+        return f"the validation loss has not become lower since step {self.state.best_step}"
+
+    def _measured(self) -> Tensor:
+        """The part of the validation's losses that this process measures. Its steps may be other than those of the
+        other processes, so it asks its model alone."""
+        assert self.validation is not None
+        accelerator = self.accelerator
+        losses = partial(self._weighted, accelerator.unwrap_model(self.denoiser))
+        place = accelerator.process_index, accelerator.num_processes
+        return self.validation.losses(losses, *place, self._progress(VALIDATING))
+
     def _base_was_drawn(self) -> bool:
         """Whether the base's previews are there, drawn as all further ones will be."""
         model, prompts = self.plan.base.short_name, self.config.sample.prompts
@@ -550,7 +639,9 @@ class Trainer:
                 adapter = adapter_state(self.base)
             folder = self.run.checkpoint(self.state.step)
             save_checkpoint(folder, Checkpoint(self.state, adapter, optimizer, trained, self.plan.origin))
-            prune_checkpoints(self.run, self.config.save.keep)
+            prune_checkpoints(
+                self.run, self.config.save.keep, self.state.best_step if self.config.save.keep_best else 0
+            )
             self.emit(Checkpointed(self.state.step, f"checkpoints/{folder.name}"))
         self.saved_step = self.state.step
         self.accelerator.wait_for_everyone()

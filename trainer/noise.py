@@ -57,6 +57,11 @@ def draw_batch(
         draw_image(*posterior, scaling_factor, objective, total, seed)
         for posterior, seed in zip(posteriors, seeds, strict=True)
     ]
+    return together(each)
+
+
+def together(each: Sequence[Draws]) -> Draws:
+    """One batch of several; their latents are of one shape."""
     return Draws(*(torch.cat([getattr(draws, field.name) for draws in each]) for field in fields(Draws)))
 
 

@@ -47,10 +47,19 @@ class Origin:
     images: tuple[Fingerprint, ...] = ()
 
     @classmethod
-    def of(cls, config: RunConfig, base: BaseInfo, examples: Iterable[Example], processes: int) -> Origin:
-        """`base` is as it is trained: with the prediction type and the end of the noise that were asked for."""
+    def of(
+        cls,
+        config: RunConfig,
+        base: BaseInfo,
+        examples: Iterable[Example],
+        processes: int,
+        preference: Mapping[str, Any] | None = None,
+    ) -> Origin:
+        """`base` is as it is trained: with the prediction type and the end of the noise that were asked for;
+        `preference` is what decides a run that refines another, and others have none."""
         settings: dict[str, Any] = config.model_dump(include=_DECIDING) | {"processes": processes}
         del settings["budget"]["images"]  # a run may be extended
+        settings |= {"preference": dict(preference)} if preference else {}
         settings["objective"] |= {"prediction": base.prediction, "zero_terminal_snr": base.zero_terminal_snr}
         return cls(settings, config.base.model_dump(), base.identity, tuple(map(Fingerprint.of, examples)))
 

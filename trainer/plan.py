@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..datasets.buckets import BatchOrder, BucketRules, Fit, fit, images_by_step
+from ..datasets.buckets import BatchOrder, BucketRules, Fit, Shot, fit, images_by_step
 from ..datasets.captions import CaptionRules, has_wildcard
 from ..datasets.dataset import Example, Source, bucket_counts, load_examples, tag_frequency
 from ..datasets.sidecars import METADATA
@@ -22,8 +22,11 @@ from .clients.table import FORM_OF, unread_by
 from .config import DataSection, RunConfig
 from .errors import ConfigError, LorasmithError, Problem, UserError, first_line
 from .files import user_cache, writable
+from .heldout import bands_of, hold_out
 from .optim import warnings_of, with_own_betas
 from .origin import Origin
+from .preferences.rated import Rated, in_order
+from .preferences.start import check_start, start_facts
 from .rehearsal import check_optimizer
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ T = TypeVar("T")
 PREVIEWS_BY_DEFAULT = 4
 _MUCH_ENLARGED = 1.5
 _TWINS_NAMED = 3
+_HELD_OUT_NAMED = 20
 _WIDEST = 8.0
 _HIGH_RATE_OF_FULL = 5e-5
 
@@ -47,6 +51,7 @@ class Plan:
     base: BaseInfo
     """As it will be trained: with the prediction type that was asked for."""
     examples: list[Example]
+    """All that is trained on."""
     prediction_of_base: str
     """What the base's own scheduler says."""
     parts: list[Part]
@@ -59,10 +64,22 @@ class Plan:
     is to a position."""
     seen: int = 0
     """Images it has seen by then."""
+    held_out: list[Example] = field(default_factory=list)
+    """Images that the validation loss is measured on, and nothing is trained on."""
 
     @cached_property
     def order(self) -> BatchOrder:
-        return BatchOrder([example.entry for example in self.examples], self.config.budget.batch, self.config.seed)
+        shown = self.examples[: self.rated.shown] if self.rated else self.examples
+        return BatchOrder([example.entry for example in shown], self.config.budget.batch, self.config.seed)
+
+    @cached_property
+    def rated(self) -> Rated | None:
+        """What was said of the examples, where a run refines another."""
+        return Rated.of(self.examples) if self.config.preference.start else None
+
+    def taken_by(self, shots: Sequence[Shot]) -> tuple[Shot, ...]:
+        """All showings that a batch takes: of a pair, both."""
+        return tuple(self.rated.with_the_worse(shots)[0] if self.rated else shots)
 
     @property
     def batches_per_step(self) -> int:
@@ -86,7 +103,8 @@ class Plan:
 
     @cached_property
     def origin(self) -> Origin:
-        return Origin.of(self.config, self.base, self.examples, self.processes)
+        preference = start_facts(self.config, self.rated) if self.rated else None
+        return Origin.of(self.config, self.base, self.examples, self.processes, preference)
 
     @property
     def cache(self) -> Path:
@@ -107,16 +125,45 @@ class Plan:
             "placed": [_placement(example) for example in self.examples],
             "adapter": {"kind": self.config.adapter.kind, "train_only": self.config.adapter.train_only},
             "trained": [asdict(part) for part in self.parts],
+            "preference": self.rated.facts() | self.config.preference.model_dump() if self.rated else None,
             "steps": self.steps,
             "images_seen": self.images,
-            "shows_per_image": round(self.images / self.shows_per_epoch, 2),
+            "shows_per_image": round(self.images / sum(entry.shows for entry in self.order.entries), 2),
             "batch": self.config.budget.batch * self.batches_per_step,
             "if_memory_is_full": self.if_memory_is_full,
+            "validation": self.validation(),
             "prompts": self.config.sample.prompts,
             "preview_side": self.base.resolution,
             "techniques": self.techniques(),
             "warnings": list(self.warnings()),
         }
+
+    def validation(self) -> dict[str, Any]:
+        """What the validation loss is measured on; nothing where it is not measured."""
+        settings = self.config.validation
+        if not settings.every:
+            return {}
+        sides = 2 if self.held_out else 1
+        return {
+            "held_out": [example.name for example in self.held_out],
+            "every": settings.every,
+            "predictions": sides * settings.draws * len(bands_of(self.config.objective)),
+            "told": self._validation_in_words,
+            "patience": settings.patience,
+        }
+
+    @property
+    def _validation_in_words(self) -> str:
+        settings, images = self.config.validation, len({e.item.sha256 for e in style_of(self.examples)})
+        if self.held_out:
+            different = len({example.item.sha256 for example in self.held_out})
+            of = f"{_images(len(self.held_out))} held out, of {different + images} of the style"
+            return f"{of}: {_names(self.held_out, _HELD_OUT_NAMED)}"
+        why = "validation.share is 0"
+        if settings.share:
+            why = f"{_images(images)} are fewer than validation.min_images = {settings.min_images}"
+        told = "on training images with noise of its own, which tells what is learned, and not what is learned by heart"
+        return f"{told}: none is held out, for {why}"
 
     def techniques(self) -> list[dict[str, Any]]:
         """What makes it fast and lean on this computer: name, whether it is on, and why."""
@@ -138,7 +185,8 @@ class Plan:
     def latents_at_once(self) -> int:
         """Of the largest batch, over all its images."""
         largest = max(width * height for width, height in bucket_counts(self.examples))
-        return self.config.budget.batch * largest // self.base.vae_factor**2
+        pictures = 2 if self.rated and self.rated.worse else 1
+        return self.config.budget.batch * pictures * largest // self.base.vae_factor**2
 
     @property
     def shows_per_epoch(self) -> float:
@@ -194,8 +242,8 @@ class Plan:
         if enlarged:
             yield f"{_images(len(enlarged))} will be soft, enlarged over {_MUCH_ENLARGED} times: {_names(enlarged)}."
         yield from self._warnings_of_crops()
-        if self.images < len(self.examples):
-            yield f"the budget of {self.images} images is too small to show each of the {len(self.examples)} once."
+        if self.images < len(self.order.entries):
+            yield f"the budget of {self.images} images is too small to show each of the {len(self.order.entries)} once."
         yield from self._warnings_of_twins()
         named = [example for example in self.examples if example.item.source == "folder name"]
         if named:
@@ -273,10 +321,15 @@ def make_plan(config: RunConfig, progress: Progress | None = None, afresh: bool 
     _collect(problems, lambda: check_buckets(config, base))
     sources = [source for data in config.data if (source := _collect(problems, partial(source_of, data, config, base)))]
     rules = bucket_rules(config, base)
-    examples = _collect(problems, lambda: load_examples(sources, rules, config.seed, progress))
+    found = _collect(problems, lambda: load_examples(sources, rules, config.seed, progress))
+    examples, held_out = hold_out(found or [], config.validation)
+    if config.preference.start:
+        _collect(problems, lambda: check_start(config))
+        examples = in_order(examples)
+        _collect(problems, lambda: Rated.of(examples))
     trained = _collect(problems, lambda: as_trained(base, config) if base else None)
     foreseen = _collect(problems, lambda: _foreseen(trained, config, afresh) if trained else None)
-    if problems or base is None or trained is None or examples is None or foreseen is None:
+    if problems or base is None or trained is None or found is None or foreseen is None:
         raise UserError.of(problems)
     return Plan(
         config=_completed(config, base, examples),
@@ -286,6 +339,7 @@ def make_plan(config: RunConfig, progress: Progress | None = None, afresh: bool 
         parts=foreseen[0],
         fast_share=foreseen[1],
         processes=int(os.environ.get("WORLD_SIZE", "1")),
+        held_out=held_out,
     )
 
 
@@ -335,6 +389,8 @@ def _completed(config: RunConfig, base: BaseInfo, examples: list[Example]) -> Ru
     config.base.merge = [f"{file}:{strength!r}" for file, strength in base.merges]
     if config.adapter.start_from:
         config.adapter.start_from = str(Path(config.adapter.start_from).expanduser().absolute())
+    if config.preference.start:
+        config.preference.start = str(Path(config.preference.start).expanduser().absolute())
     if config.runtime.cache:
         config.runtime.cache = str(Path(config.runtime.cache).expanduser().absolute())
     if config.sample.every and not config.sample.prompts:

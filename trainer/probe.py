@@ -82,7 +82,8 @@ def _at_its_largest(plan: Plan, folder: Path) -> tuple[Plan, Largest]:
     """A plan of the largest batch alone, again and again, with nothing saved and drawn on the way."""
     largest = Largest.of(plan)
     examples = [_as_shown(plan.examples[shot.image], shot) for shot in largest.shots]
-    return replace(plan, config=_short(plan.config, folder, largest.images), examples=examples), largest
+    short = _short(plan.config, folder, largest.images)
+    return replace(plan, config=short, examples=examples, held_out=[]), largest
 
 
 def _as_shown(example: Example, shot: Shot) -> Example:
@@ -97,4 +98,5 @@ def _short(config: RunConfig, folder: Path, images: int) -> RunConfig:
     short.name, short.runs = "probe", str(folder)
     short.budget.accumulate, short.budget.images = 1, (STEPS + 3) * images
     short.save.every, short.sample.every, short.sample.prompts = 0, 0, []
+    short.validation.every = 0
     return short

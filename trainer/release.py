@@ -26,7 +26,7 @@ from .bases import BaseInfo, FamilyName
 from .clients.reading import read_by_clients
 from .config import RunConfig
 from .delta import Changes
-from .errors import ExportError
+from .errors import ExportError, UserError
 from .events import PlanMade
 from .export import Exported, Precision, export, trained_changes
 from .files import atomic_file, write_text
@@ -116,6 +116,36 @@ def release(
     if bundle or settings.bundle:
         files.append(write_bundle(files, facts, base.info, folder / f"{facts.name}.zip"))
     return files
+
+
+def release_file(
+    trained: Trained,
+    path: Path,
+    bake_to: int = 0,
+    strengths: Strengths = AS_TRAINED,
+    changes: Changes | None = None,
+    merged_from: Sequence[str] = (),
+) -> Exported | Path:
+    """Write and verify one file alone, of what clients read and under a name of one's own, as `release` does with all;
+    of a whole model, its path is given.
+
+    Raises:
+        UserError: if what was trained cannot be had at these strengths, or new tokens were, for they are a second file.
+        ExportError: if the file on disk is not the same as the trained model.
+    """
+    refuse_second_file(trained.config, path)
+    facts = replace(facts_of(trained, path.stem), merged_from=tuple(merged_from))
+    format = formats_of(trained.config, bool(bake_to) or changes is not None)[0]
+    facts, changes = _derived(trained.base, facts, changes, bake_to, strengths)
+    facts = replace(facts, name=path.stem)
+    return _write(trained.base, path.parent, format, facts, trained.config.export.precision, changes)
+
+
+def refuse_second_file(config: RunConfig, path: Path) -> None:
+    """What a run trained must fit into one file."""
+    if config.adapter.new_tokens:
+        what = "new tokens were trained, whose embeddings are a file of their own"
+        raise UserError(what, str(path), "Write all files, into a folder: lorasmith export.")
 
 
 def _derived(

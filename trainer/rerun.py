@@ -102,6 +102,7 @@ def _planned(config: RunConfig, folder: Path, steps: int) -> Plan:
     config = config.model_copy(deep=True)
     config.runs, config.runtime.cache = str(folder / "runs"), str(folder / "cache")
     config.save, config.sample = SaveSection(every=steps), SampleSection(every=0)
+    config.validation.patience, config.export.checkpoint = 0, "last"
     plan = make_plan(config)
     batches = islice(plan.order.steps(plan.batches_per_step), 2 * steps)
     plan.config.budget.images = sum(len(batch) for step in batches for batch in step)

@@ -15,7 +15,7 @@ import torch
 
 from .adapter import load_adapter_state, trained_layers
 from .changes import allowed_changes, change_of_schedule, changed_for_export, changed_for_resume, refuse_spent
-from .checkpoint import VERSION, Checkpoint, load_checkpoint
+from .checkpoint import VERSION, Checkpoint, TrainState, load_checkpoint, load_state
 from .config import RunConfig
 from .configfile import write_config
 from .errors import INTERRUPTED, LorasmithError, Mending, Problem, RunError, TakenOverError, TrainingError, UserError
@@ -185,8 +185,9 @@ def export_run(
     """
     run = open_run(path)
     config = changed_for_export(run, overrides)
-    chosen = read_thumbnail(thumbnail, run.samples(saved_step(run, step))) if thumbnail else None
-    trained = replace(load_run(path, step), config=config)
+    which = _step_to_export(run, config, load_state(run.checkpoint(saved_step(run, None)))) if step is None else step
+    chosen = read_thumbnail(thumbnail, run.samples(saved_step(run, which))) if thumbnail else None
+    trained = replace(load_run(path, which), config=config)
     strengths.refuse_nothing(trained_layers(trained.base))
     name = trained.config.name if step is None else f"{trained.config.name}-step{trained.step:06d}"
     return release(trained, name, folder or run.exports, formats, precision, bake_to, strengths, bundle, chosen)
@@ -256,12 +257,23 @@ def _made_ready(plan: Plan, run: RunFolder, emit: Emit, checkpoint: Checkpoint |
 def _finish(trainer: Trainer, emit: Emit) -> list[Path]:
     """Export what was trained; the run is done when the files on disk are verified."""
     emit(Phase(EXPORTING))
-    run, state = trainer.run, trainer.state
-    trained = Trained(run, trainer.config, trainer.base, state.step, state.images)
+    run, config, state = trainer.run, trainer.config, trainer.state
+    step, images = _step_to_export(run, config, state), state.images
     with trainer.as_it_is_used():
-        exports = release(trained, trainer.config.name, run.exports)
-    emit(Done(state.step, [path.relative_to(run.path).as_posix() for path in exports]))
+        if step != state.step:
+            best = load_checkpoint(run.checkpoint(step))
+            load_adapter_state(trainer.base, best.adapter)
+            images = best.state.images
+        exports = release(Trained(run, config, trainer.base, step, images), config.name, run.exports)
+    emit(Done(state.step, [path.relative_to(run.path).as_posix() for path in exports], trainer.ended_early))
     return exports
+
+
+def _step_to_export(run: RunFolder, config: RunConfig, state: TrainState) -> int:
+    """The step whose weights the files hold, of a run that stands at this state; the best is a checkpoint that may have
+    been removed by hand."""
+    is_there = config.export.checkpoint == "best" and state.best_step in run.saved_steps()
+    return state.best_step if is_there else state.step
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..datasets.workers import Progress
-from .adapter import base_weight, deltas, load_adapter_state, settle
+from .adapter import base_weight, deltas, load_adapter_state, reads_tokens, settle, strength, trained_layers
 from .bases import BaseInfo
 from .checkpoint import TrainState, load_state, open_adapter
 from .config import RunConfig
@@ -32,11 +32,13 @@ from .errors import RunError, UserError
 from .full import trained_weights
 from .interpolation import added
 from .jobs import RunFolder, open_run
+from .loraread import merged
 from .models import Base
-from .pivotal import token_embeddings
+from .pivotal import token_embeddings, unread
 from .plan import as_trained, base_of
 from .release import Trained
 from .run import base_to_load, saved_step
+from .strengths import Strengths
 from .verify import Layer
 
 
@@ -80,6 +82,29 @@ class Interpolated:
     def merged_from(self) -> list[str]:
         """What it is the mean of, in words: `style step 400 (0.25)`."""
         return [f"{one.config.name} step {one.state.step} ({one.share:.4g})" for one in self.ingredients]
+
+    @contextmanager
+    def at(self, strengths: Strengths) -> Iterator[Base]:
+        """Within the block the base acts as the mean at these strengths; then as the mean again.
+
+        Raises:
+            ConfigError: if a block that is named holds nothing of it.
+        """
+        base = self.trained.base
+        if self.changes is None:
+            with strength(base, strengths):
+                yield base
+            return
+        strengths.refuse_idle(trained_layers(base))
+        further = {
+            component: [
+                delta.times(factor - 1) for delta in own if (factor := strengths.of(component, delta.name)) != 1
+            ]
+            for component, own in self.changes.items()
+        }
+        read = nullcontext() if reads_tokens(base, strengths) else unread(base)
+        with read, merged(base.components, further, 1.0):
+            yield base
 
 
 def interpolate_run(

@@ -34,7 +34,7 @@ class Status:
     saved_step: int
     """The last step with a checkpoint."""
     message: str = ""
-    """Of a run that prepares, what it does; of one that failed, why."""
+    """Of a run that prepares, what it does; of one that failed, or is done before its budget was spent, why."""
     fix: str = ""
     """Of a run that failed, what a person can do about it."""
     overrides: tuple[str, ...] = ()
@@ -79,6 +79,8 @@ class Status:
                 return f"Saving step {self._place}."
             case "exporting":
                 return f"Exporting and verifying what was trained in {self.step} steps."
+            case "done" if self.message:
+                return f"Done early, after {self._place} steps: {self.message}."
             case "done":
                 return f"Done, {self.step} steps."
             case "stopped":

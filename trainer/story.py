@@ -14,12 +14,26 @@ from operator import attrgetter
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from .events import Checkpointed, Done, Failed, Phase, PlanMade, Record, Sampled, Step, Stopped, Warned, read_record
+from .events import (
+    Checkpointed,
+    Done,
+    Failed,
+    Phase,
+    PlanMade,
+    Record,
+    Sampled,
+    Step,
+    Stopped,
+    Validated,
+    Warned,
+    read_record,
+)
 from .steps import Steps
 
-Placed = TypeVar("Placed", Sampled, Checkpointed)
+Placed = TypeVar("Placed", Sampled, Validated, Checkpointed)
 
 DRAWING, SAVING, EXPORTING = "drawing previews", "saving", "exporting and verifying"
+VALIDATING = "measuring the validation loss"
 """The phases that come between steps, and after the last one."""
 _SMOOTHING = 0.95
 _STEPS_OF_A_PACE = 50
@@ -41,7 +55,7 @@ class CurvePoint:
 class Story:
     """A run as it stands: of what a kill undid and a resume did again, the last that was done.
 
-    A step that comes again takes the place of every step, preview and checkpoint from it on; a preview or checkpoint
+    A step that comes again takes the place of every step, preview, validation and checkpoint from it on; one of these
     that comes again, that of the earlier one.
     """
 
@@ -53,11 +67,14 @@ class Story:
     def _forget(self) -> None:
         self.steps = Steps()
         self.samples: list[Sampled] = []
+        self.validations: list[Validated] = []
         self.checkpoints: list[Checkpointed] = []
-        """Both in the order of their steps."""
+        """All in the order of their steps."""
         self.warnings: list[str] = []
         self.picture_seconds = array("d")
         """How long a preview took, in each round of them that was drawn."""
+        self.prediction_seconds = array("d")
+        """How long a prediction of a validation took, in each of them."""
         self.plan: PlanMade | None = None
         self.phase: Phase | None = None
         """What goes on now besides steps."""
@@ -124,6 +141,11 @@ class Story:
                     self.picture_seconds.append(max(0.0, record.time - self._phase_began) / len(event.prompts))
                 _put(event, self.samples)
                 self._end_phase(record.time)
+            case Validated():
+                if self.phase and self.phase.name == VALIDATING and event.predictions:
+                    self.prediction_seconds.append(max(0.0, record.time - self._phase_began) / event.predictions)
+                _put(event, self.validations)
+                self._end_phase(record.time)
             case Checkpointed():
                 _put(event, self.checkpoints)
                 self._end_phase(record.time)
@@ -141,7 +163,7 @@ class Story:
     def _take_step(self, event: Step, now: float) -> None:
         if self.steps and event.step <= self.step:
             self.steps.drop_from(event.step)
-            for others in (self.samples, self.checkpoints):
+            for others in (self.samples, self.validations, self.checkpoints):
                 del others[_place(event.step, others) :]
         before = event.loss if self.loss is None or math.isnan(self.loss) else self.loss
         smoothed = _SMOOTHING * before + (1 - _SMOOTHING) * event.loss
@@ -183,17 +205,21 @@ class Story:
         return self.ended is not None and self.size > size
 
     def seconds_left(self) -> float | None:
-        """From the last record to the last step, with the previews and checkpoints to come; None while that cannot be
+        """From the last record to the last step, with what comes between the steps; None while that cannot be
         told, as in the first steps after a start."""
         pace = self.seconds_per_step
         if self.plan is None or pace is None or self._steps_since_start < _STEPS_BEFORE_AN_ESTIMATE:
             return None
         drawn = self.samples[-1].step if self.samples else -1
         saved = self.checkpoints[-1].step if self.checkpoints else -1
+        measured = self.validations[-1].step if self.validations else -1
         every = self.plan.every
-        previews = self._times_to_come(every["sample"], drawn) if every.get("sample") else 0
-        checkpoints = self._times_to_come(every.get("save", 0), saved)
-        between = previews * self._took.get(DRAWING, 0.0) + checkpoints * self._took.get(SAVING, 0.0)
+        to_come = {
+            DRAWING: self._times_to_come(every["sample"], drawn) if every.get("sample") else 0,
+            VALIDATING: self._times_to_come(every["validation"], measured) if every.get("validation") else 0,
+            SAVING: self._times_to_come(every.get("save", 0), saved),
+        }
+        between = sum(times * self._took.get(phase, 0.0) for phase, times in to_come.items())
         return (self.plan.steps - self.step) * pace + between
 
     def _times_to_come(self, every: int, newest: int) -> int:
@@ -211,7 +237,7 @@ class Story:
             return [CurvePoint(steps.step[i], steps.loss[i], steps.smoothed[i], steps.rates(i)) for i in shown]
 
 
-def _place(step: int, others: Sequence[Sampled | Checkpointed]) -> int:
+def _place(step: int, others: Sequence[Sampled | Validated | Checkpointed]) -> int:
     """Where a step stands, or would stand."""
     return bisect_left(others, step, key=attrgetter("step"))
 

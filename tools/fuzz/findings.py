@@ -17,6 +17,7 @@ FINDINGS: tuple[tuple[str, str, bytes], ...] = (
     ("base folder", "nested too deep", b"[" * 5000),
     ("choices", "nested too deep", b"[" * 5000),
     ("card", "nested too deep", b"---\na: " + b"[" * 5000 + b"\n---\n"),
+    ("card", "a picture without an address", b'---\nwidget: [{"text": "a"}]\n---\n<Gallery />'),
     ("chosen", "a step without end", b'{"step": 1e999, "strength": 1}'),
     ("errand", "no moment", b'{"pid": 1, "created": 2}'),
     ("errand", "a list", b'"created"'),

@@ -365,6 +365,8 @@ def of_events(folder: Path) -> Seeds:
         {"type": "plan", "steps": 2, "images": 4, "plan": {}, "parts": [], "every": {"sample": 1, "save": 1}},
         {**step, "step": 1},
         {"type": "sample", "step": 1, "folder": "samples/step-000001", "prompts": ["a cat"]},
+        {"type": "validation", "step": 1, "bands": ["0-999"], "validation": [0.5], "train": [0.4], "held_out": 2}
+        | {"predictions": 4, "of": "ae0f", "best": 1},
         {"type": "checkpoint", "step": 1, "folder": "checkpoints/step-000001"},
         {**step, "step": 2, "loss": None},
         {"type": "warning", "message": "look"},
@@ -373,7 +375,7 @@ def of_events(folder: Path) -> Seeds:
         {"type": "done", "step": 2, "exports": ["exports/r.safetensors"]},
     ]
     lines = [json.dumps({"time": 1700000000.0 + n, **record}) + "\n" for n, record in enumerate(records)]
-    return {"done": "".join(lines).encode(), "training": "".join(lines[:7]).encode()}
+    return {"done": "".join(lines).encode(), "training": "".join(lines[:8]).encode()}
 
 
 def of_chosen(folder: Path) -> Seeds:

@@ -99,6 +99,8 @@ def interpolate(
     with_: Annotated[Path | None, typer.Option("--with", metavar="RUN", help="Average with this run.")] = None,
     rank: Rank = None,
     extrapolate: Annotated[bool, typer.Option(help="Allow negative weights.")] = False,
+    strength: Strength = 1.0,
+    block: BlockStrengths = None,
     precision: OwnPrecision = None,
     out: ExportFolder = None,
     bundle: Bundle = False,
@@ -110,14 +112,23 @@ def interpolate(
 
     from ..release import release
     from ..soups import interpolate_run
+    from ..strengths import Strengths
 
+    strengths = Strengths.parse(strength, block or [])
     wanted, shares = numbers(steps, int, "--steps"), numbers(weights, float, "--weights")
     with progress_of("averaging") as progress:
         mean = interpolate_run(path, wanted, shares, with_, rank, extrapolate, progress)
     folder = out or mean.trained.run.exports
     changes, sources = mean.changes, mean.merged_from
     files = release(
-        mean.trained, mean.name, folder, precision=precision, bundle=bundle, changes=changes, merged_from=sources
+        mean.trained,
+        mean.name,
+        folder,
+        precision=precision,
+        strengths=strengths,
+        bundle=bundle,
+        changes=changes,
+        merged_from=sources,
     )
     _say_what_was_written(files, mean.lost, as_json)
 

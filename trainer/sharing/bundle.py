@@ -135,5 +135,6 @@ def without_paths(config: RunConfig, facts: Facts) -> RunConfig:
     shared.base.model, shared.base.vae = map(_model, (shared.base.model, shared.base.vae))
     shared.base.merge = [last_part(file) for file in shared.base.merge]
     shared.adapter.start_from = last_part(shared.adapter.start_from) if shared.adapter.start_from else ""
+    shared.preference.start = last_part(shared.preference.start) if shared.preference.start else ""
     shared.sample.prompts = list(filter(facts.told_prompt, shared.sample.prompts))
     return shared
