@@ -19,7 +19,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 INSTALL ?=
 BIN := .venv/bin
-TESTERS ?= 3# one more than the cores of a small machine: tests of pages and processes wait a lot
+TESTERS ?= 4# twice the cores of a small machine: tests of pages and processes wait a lot
 
 .PHONY: demo test test-all ui check format pocket clients pages page-speed performance load faults fuzz lock audit clean
 

@@ -200,7 +200,7 @@ def open_tab(page: Page, title: str) -> None:
         if tab.is_visible():
             tab.click()
         else:
-            page.get_by_role("button", name="More tabs").click()
+            page.get_by_role("button", name="More tabs").first.click()  # a page may have tabs of its own
             page.get_by_role("button", name=title).click()
         return tab.get_attribute("aria-selected") == "true"
 

@@ -26,7 +26,17 @@ settings.load_profile("lorasmith")
 torch.set_num_threads(1)  # models as small as these lose time to a second thread
 
 
-_FILES = ("export", "interpolation", "extraction", "baseweights", "real_clients", "sample", "merge", "painting")
+_FILES = (
+    "adapter",
+    "export",
+    "interpolation",
+    "extraction",
+    "baseweights",
+    "real_clients",
+    "sample",
+    "merge",
+    "painting",
+)
 _MANY_ALIKE = {f"test_{name}" for name in _FILES}
 _FURTHER = re.compile(
     r"\[(?!(lora-)?sdxl(-0\.05)?\]).*(sd2|sdxl|1e-05)|\[(loha|lokr of|boft|pissa|olora|dora\]|oft\]|full\])|dtype1"
@@ -46,10 +56,16 @@ _ELABORATE = {
     ),
     "test_ui_robust": ("a_run_outlives_the_server_and_is_found_again", "more_tabs_than_lines"),
     "test_ui_playground": ("what_cannot_be_drawn", "are_drawn_kept_and_loaded", "without_a_run_a_base"),
-    "test_ui_compare": ("leaks_a_second_seed", "a_mistake_is_told_beside", "without_a_run_the_page"),
+    "test_ui_compare": (
+        "wall_of_two_by_two",
+        "without_the_training_images",
+        "leaks_a_second_seed",
+        "a_mistake_is_told_beside",
+        "without_a_run_the_page",
+    ),
     "test_ui_images": ("first_visit", "dropped_on_the_page", "two_tabs", "a_phone_shows_all"),
     "test_ui_shell": ("only_the_page_that_is_shown",),
-    "test_ui_train": ("a_second_run_waits_in_the_queue",),
+    "test_ui_train": ("a_second_run_waits_in_the_queue", "recipe_follows", "without_a_run_the_example"),
     "test_painting": ("an_idle_painter_ends_and_the_next_order",),
     "test_requests": ("several_processes_answer_as_one", "change_nothing[averages]", "change_nothing[dropout]"),
     "test_cli": ("previews_can_be_switched_off_at_resume", "set_goes_before_the_file"),
@@ -65,8 +81,10 @@ _ELABORATE = {
 
 
 _LONG = re.compile("test_(ui_|queue|painting|cli|requests|train|share|wall|export|real_clients)")
-"""Files that take long and have few tests; they come first, so that none is left to one process at the end. Browsers
-are kept to one process, for two at a time starve each other, and get a second try, which the report tells."""
+"""Files that take long and have few tests; they come first, so that none is left to one process at the end."""
+_WHOLE_STORIES = ("test_ui_story", "test_ui_train", "test_ui_robust", "test_ui_api")
+"""Browsers and servers that train. They share one process and all other browsers a second one, for more at a time
+starve each other; and they get a second try, which the report tells."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -77,7 +95,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if is_alike or any(words in item.name for words in _ELABORATE.get(item.path.stem, ())):
             item.add_marker(pytest.mark.exhaustive)
         in_browser = item.path.stem.startswith("test_ui_")
-        item.add_marker(pytest.mark.xdist_group("browser" if in_browser else item.path.stem))
+        browsers = "stories" if item.path.stem in _WHOLE_STORIES else "pages"
+        item.add_marker(pytest.mark.xdist_group(browsers if in_browser else item.path.stem))
         if in_browser:
             item.add_marker(pytest.mark.flaky(reruns=1))
 

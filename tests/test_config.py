@@ -134,7 +134,13 @@ FULL = {
         "bundle": True,
     }
     | {"title": 'My "ink"', "author": "me, 💡", "license": "cc-by-4.0", "tags": ["ink"], "description": "a\n\nb --- c"},
-    "runtime": {"precision": "bf16", "attention": "sdpa", "gradient_checkpointing": True, "cache": "/tmp/ca che"},
+    "runtime": {
+        "precision": "bf16",
+        "attention": "sdpa",
+        "gradient_checkpointing": True,
+        "checkpointed_blocks": 3,
+        "cache": "/tmp/ca che",
+    },
 }
 
 
@@ -507,6 +513,7 @@ OTHER: dict[str, Any] = {
     "runtime.fast_lora": False,
     "runtime.autocast": True,
     "runtime.flat_optimizer": False,
+    "runtime.checkpointed_blocks": 2,
 }
 """Of settings that depend on others, a value that is not the default."""
 WITHOUT = {
@@ -518,6 +525,7 @@ WITHOUT = {
     "objective.loss": ("mse", "l1"),
     "objective.timesteps": ("uniform",),
     "export.metadata": ("all", "none"),
+    "runtime.gradient_checkpointing": (False,),
 }
 """Values of the settings they depend on."""
 
@@ -543,8 +551,8 @@ def test_a_setting_that_goes_with_some_choices_is_an_error_with_the_others(setti
         assert found == [
             Problem(
                 f"run.toml: {setting}",
-                f'has no effect, because {choice} is "{other}"',
-                f'Remove it, or set {choice} = "{values[0]}".',
+                f"has no effect, because {choice} is {shown(other)}",
+                f"Remove it, or set {choice} = {shown(values[0])}.",
             )
         ]
     for value in values:

@@ -98,11 +98,12 @@ def test_what_a_step_keeps_is_foreseen(short_run: Callable[..., RunConfig], over
     [
         UNET_ALONE,
         UNET_ALONE | {"runtime": {"gradient_checkpointing": True}},
+        UNET_ALONE | {"runtime": {"gradient_checkpointing": True, "checkpointed_blocks": 2}},
         {"runtime": {"gradient_checkpointing": True, "precision": "bf16"}},
         {"adapter": {"kind": "full", "rank": 16, "alpha": 16.0}, "optimizer": {"lr": 1e-5, "text_encoder_lr": 5e-6}},
         UNET_ALONE | {"runtime": {"flat_optimizer": False}},
     ],
-    ids=["lora", "checkpointing", "both", "full", "single"],
+    ids=["lora", "checkpointing", "largest blocks", "both", "full", "single"],
 )
 def test_the_peak_of_a_step_is_foreseen(short_run: Callable[..., RunConfig], over: dict[str, Any]):
     plan = make_plan(short_run(**over))
@@ -121,8 +122,8 @@ def test_checkpointing_and_smaller_batches_take_less(short_run: Callable[..., Ru
         runtime = {"precision": "bf16"} | over.pop("runtime", {})
         return footprint(make_plan(short_run(**UNET_ALONE, **over, runtime=runtime)), CPU).training.size
 
-    usual = size()
-    assert size(runtime={"gradient_checkpointing": True}) < usual
+    usual, all_blocks = size(), size(runtime={"gradient_checkpointing": True})
+    assert all_blocks < size(runtime={"gradient_checkpointing": True, "checkpointed_blocks": 2}) < usual
     assert size(budget={"batch": 1, "accumulate": 4}) < usual
 
 

@@ -18,10 +18,9 @@ from lorasmith.trainer.checkpoint import load_checkpoint
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.configfile import to_toml
 from lorasmith.trainer.events import Checkpointed, Event, Phase, Sampled, Step, Warned
-from lorasmith.trainer.jobs import RunFolder, create_run
+from lorasmith.trainer.jobs import RunFolder, create_run, preview_files
 from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.plan import make_plan
-from lorasmith.trainer.sample import preview_files
 
 BUDGET = {"images": 16, "batch": 2, "accumulate": 2}  # five steps, because batches are of one shape
 AT = 2

@@ -30,6 +30,7 @@ from lorasmith.trainer.plan import make_plan
 from lorasmith.trainer.sample import drawn_like
 
 from . import tiny
+from .conftest import trained_run
 
 
 def train_weights(config: RunConfig) -> tuple[dict[str, Tensor], list[Event]]:
@@ -242,7 +243,16 @@ def test_strength_scales_the_effect(short_run):
 def test_gradient_checkpointing_changes_no_result(short_run):
     plain, _ = train_weights(short_run())
     saving, _ = train_weights(short_run(name="saving", runtime={"gradient_checkpointing": True}))
+    runtime = {"gradient_checkpointing": True, "checkpointed_blocks": 2}
+    trainer = trained_run(short_run(name="partly", runtime=runtime))
+    partly = adapter_state(trainer.base)
     assert all(torch.allclose(plain[name], saving[name], atol=1e-5) for name in plain)
+    assert all(torch.allclose(plain[name], partly[name], atol=1e-5) for name in plain)
+    unet = trainer.base.unet
+    recomputing = [name for name, module in unet.named_modules() if getattr(module, "gradient_checkpointing", False)]
+    assert {name.split(".")[0] for name in recomputing} == {"up_blocks", "down_blocks"}
+    last = f"up_blocks.{len(unet.up_blocks) - 1}"
+    assert {".".join(name.split(".")[:2]) for name in recomputing} == {last, "down_blocks.0"}
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])

@@ -466,6 +466,9 @@ class RuntimeSection(Section):
     it pays on some cards, and costs on others. On a CPU it takes the place of `cpu_kernels`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpointed_blocks: int = Field(default=0, ge=0, le=100)
+    """With `gradient_checkpointing`: of how many blocks of the UNet, those first whose feature maps are largest, which
+    keep most. The others cost no more time. 0: of all, and of text encoders that are trained."""
     vae_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the VAE. fp32 is exact; below it encoding is faster, and an image that overflows is encoded anew in
     fp32."""

@@ -1,8 +1,8 @@
 """The cheapest settings with which a run fits into a device's memory, and why each of them is chosen.
 
 Tried in this order: what costs nothing; fewer pictures at once, with as many in a step as before; gradient
-checkpointing, which computes more; half precision and an optimizer of 8 bit, which change numbers. What is learned is
-never changed: neither the resolution, nor what is trained, nor its rank.
+checkpointing of the largest blocks and then of all, which computes more; half precision and an optimizer of 8 bit,
+which change numbers. What is learned is never changed: neither the resolution, nor what is trained, nor its rank.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
+from .config import RuntimeSection
 from .configfile import validate
 from .device import Device, binary
 from .errors import UserError
 from .footprint import Footprint, footprint, precision_on
 from .plan import Plan
 
+_LARGEST = (2, 4)
+"""Blocks that recompute before all do: of the way down and the way up, at one size of feature maps and at two."""
 Predict = Callable[[Plan, Device], Footprint]
 _SMALLER = (
     "Lower data.resolution or adapter.rank, set adapter.text_encoder = false if it is trained, or take a smaller base."
@@ -176,9 +179,7 @@ def _ways(draft: _Draft) -> Iterator[list[Change]]:
     config = draft.plan.config
     way: list[Change] = []
     yield way
-    if not config.runtime.gradient_checkpointing:
-        why = "computes activations again instead of keeping them: the same result in about a third more time"
-        way = [*way, Change("runtime.gradient_checkpointing", True, why)]
+    for way in _recomputing(config.runtime):
         yield way
     if precision_on(draft.device, config) == "no" and config.adapter.kind != "full":
         why = "halves the base and its activations; numbers have fewer digits"
@@ -187,6 +188,19 @@ def _ways(draft: _Draft) -> Iterator[list[Change]]:
     if config.optimizer.kind == "adamw" and find_spec("bitsandbytes"):
         why = "keeps AdamW's two averages in 8 bit, with nearly the same result"
         yield [*way, Change("optimizer.kind", "adamw8bit", why)]
+
+
+def _recomputing(runtime: RuntimeSection) -> Iterator[list[Change]]:
+    """Of a part of the UNet, and of all of it."""
+    what = "computes activations again instead of keeping them: the same result in"
+    on = Change("runtime.gradient_checkpointing", True, f"{what} more time, the more the more blocks do so")
+    if not runtime.gradient_checkpointing:
+        for blocks in _LARGEST:
+            why = "the blocks of the largest feature maps keep most; the others cost no more time"
+            yield [on, Change("runtime.checkpointed_blocks", blocks, why)]
+        yield [replace(on, why=f"{what} about a third more time")]
+    elif runtime.checkpointed_blocks:
+        yield [Change("runtime.checkpointed_blocks", 0, f"all of it {what} about a third more time")]
 
 
 def _batches(plan: Plan) -> list[int]:

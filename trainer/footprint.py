@@ -215,7 +215,7 @@ class ForeseenRun:
         active = taken.peak if can_be_flat(self.config) else max(taken.peak, gradients) - gradients
         pictures = "1 picture" if largest.images == 1 else f"{largest.images} pictures"
         kept = f"{binary(taken.kept)} kept for the backward pass" + (
-            ", all else computed again" if self.config.runtime.gradient_checkpointing else ""
+            ", what else there is computed again" if self.config.runtime.gradient_checkpointing else ""
         )
         why = f"{pictures} of {largest.width}x{largest.height} at once: {kept}"
         items = [self._around, *self._frozen(self._at_work), *self._staying, *self._of_what_is_trained(), *self._copies]

@@ -55,6 +55,7 @@ ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "runtime.fast_lora": ("adapter.kind", ("lora",)),
     "runtime.autocast": ("adapter.kind", ("lora",)),
     "runtime.flat_optimizer": ("optimizer.kind", ("adamw",)),
+    "runtime.checkpointed_blocks": ("runtime.gradient_checkpointing", (True,)),
 }
 """Settings by the one setting, and the values of it, with which they have an effect."""
 

@@ -385,6 +385,11 @@ def open_run(path: Path) -> RunFolder:
     raise RunError("is not a run folder (it has no config.toml)", str(path), "See the runs with: lorasmith runs")
 
 
+def preview_files(folder: Path) -> list[Path]:
+    """The previews of a step, in its folder, by number; whatever else a person has put there is left alone."""
+    return sorted(path for path in folder.glob("*.png") if path.stem.isdecimal())
+
+
 def find_runs(folder: Path) -> Iterator[RunFolder]:
     """All runs in a folder, newest first; what is hidden is a run that was never written to its end."""
     configs = [file for file in folder.glob("*/config.toml") if not file.parent.name.startswith(".")]

@@ -32,11 +32,11 @@ from .export import Exported, Precision, export, trained_changes
 from .files import atomic_file, write_text
 from .formats import Format, formats_of
 from .interpolation import scaled
-from .jobs import VERIFIED, RunFolder
+from .jobs import VERIFIED, RunFolder, preview_files
 from .lorafile import LoraFile
 from .models import Base, load_base
 from .pivotal import token_embeddings
-from .sample import Drawing, before_after_grid, drawn_like, preview_files
+from .sample import Drawing, before_after_grid, drawn_like
 from .sharing.bundle import bundle as write_bundle
 from .sharing.card import embedding_folder, write_beside
 from .sharing.facts import AS_TRAINED, Facts, FolderFacts, Preview, Thumbnail, base_name

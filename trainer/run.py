@@ -308,8 +308,9 @@ def _memory_is_full(error: Exception, run: RunFolder, config: RunConfig, process
     """What is left to do where batches are halved already, down to single images; several processes halve none."""
     whose, budget = "GPU" if isinstance(error, torch.OutOfMemoryError) else "computer", config.budget
     overrides, anew, ways = (), (), []
-    if not config.runtime.gradient_checkpointing:
-        overrides = ("runtime.gradient_checkpointing=true",)
+    if not config.runtime.gradient_checkpointing or config.runtime.checkpointed_blocks:
+        more = "checkpointed_blocks=0" if config.runtime.checkpointed_blocks else "gradient_checkpointing=true"
+        overrides = (f"runtime.{more}",)
         ways.append(f"Go on with less memory and more time: lorasmith resume {run.path} --set {overrides[0]}.")
     if processes > 1 and budget.batch > 1:
         anew = (f"budget.batch={budget.batch // 2}", f"budget.accumulate={budget.accumulate * 2}")

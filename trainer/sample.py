@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .config import SampleSection
 from .files import atomic_file, atomic_folder
+from .jobs import preview_files
 from .memory import in_halves
 from .models import Base, Conditions
 from .painting.samplers import SAMPLERS, Sampler
@@ -154,11 +155,6 @@ def save_picture(file: Path, picture: Image.Image, prompt: str, drawing: Drawing
     """Write one PNG as previews are written; it is there whole or not at all."""
     with atomic_file(file) as temporary:
         picture.save(temporary, "PNG", pnginfo=_png_text(prompt, 0, drawing, model, lora))
-
-
-def preview_files(folder: Path) -> list[Path]:
-    """Those that `save_previews` wrote, by number; whatever else a person has put there is left alone."""
-    return sorted(path for path in folder.glob("*.png") if path.stem.isdecimal())
 
 
 def drawn_like(folder: Path) -> list[str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
+from torch import nn
 
 from .adapter import tuner_layers
 from .config import RunConfig
@@ -12,15 +15,31 @@ from .models import Base
 
 
 def recompute_activations(base: Base, config: RunConfig) -> None:
-    """Let what trains compute its activations again in the backward pass, if that is set."""
+    """Let what trains, or some blocks of it, compute its activations again in the backward pass, if that is set."""
+    count = config.runtime.checkpointed_blocks
     if not config.runtime.gradient_checkpointing:
         return
     base.unet.enable_gradient_checkpointing()
-    for encoder in base.text_encoders.values() if config.adapter.trains_text else ():
+    for block in blocks_by_size(base.unet)[count:] if count else ():
+        _keep_activations(block)
+    for encoder in base.text_encoders.values() if config.adapter.trains_text and not count else ():
         enable = getattr(encoder, "activation_checkpointing_enable", None)  # its name in newer transformers
         (enable or encoder.gradient_checkpointing_enable)()
         encoder.train()
     base.unet.train()  # both libraries recompute only in training mode; neither has dropout here
+
+
+def blocks_by_size(unet: Any) -> list[nn.Module]:
+    """The blocks of a UNet, those first whose feature maps have most pixels; of two alike that of the way up, which
+    takes in what that of the way down has made."""
+    alike = zip(reversed(unet.up_blocks), unet.down_blocks, strict=True)
+    return [*(block for two in alike for block in two), *([unet.mid_block] if unet.mid_block else [])]
+
+
+def _keep_activations(block: nn.Module) -> None:
+    for module in block.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            cast(Any, module).gradient_checkpointing = False
 
 
 def compute_fast(base: Base, config: RunConfig, dtype: torch.dtype, latents: int, on_cpu: bool) -> bool:

@@ -136,7 +136,9 @@ def _resting_encoders(config: RunConfig, on_gpu: bool) -> Technique:
 
 
 def _gradient_checkpointing(config: RunConfig) -> Technique:
-    name = "gradient_checkpointing"
+    name, blocks = "gradient_checkpointing", config.runtime.checkpointed_blocks
     if config.runtime.gradient_checkpointing:
-        return Technique(name, True, "activations are computed again in the backward pass: less memory, more time")
+        whose = f"of the UNet's {blocks} largest blocks " if blocks else ""
+        why = f"activations {whose}are computed again in the backward pass: less memory, more time"
+        return Technique(name, True, why)
     return Technique(name, False, "it costs a third more time; lorasmith plan --vram says when memory needs it")

@@ -38,6 +38,12 @@ class Features:
     layout: Tensor
     """(N, pairs of places): self-similarities, cosines of -1 to 1."""
 
+    @classmethod
+    def joined(cls, parts: Sequence[Features]) -> Features:
+        """One behind the other."""
+        grams = tuple(torch.cat(stage) for stage in zip(*(part.grams for part in parts), strict=True))
+        return cls(grams, torch.cat([part.layout for part in parts]))
+
     def __len__(self) -> int:
         return len(self.layout)
 

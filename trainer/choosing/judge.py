@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from PIL import Image
 from torch import Tensor
 
 from ...datasets.workers import Progress
@@ -18,12 +16,11 @@ from ..painting.studio import Studio
 from ..painting.wall import without_trigger
 from .choice import NULL_CAPTIONS, Choice, JudgedCell, JudgedPicture, Recommended, Scores
 from .content import ContentScale
-from .features import Features, features_of, features_of_true
+from .eye import Eye, quietly, side_of
+from .features import Features
 from .recommendation import recommend
 from .style import StyleScale
-from .training import TrainingImages, drawn_pictures, training_images
-
-_AT_ONCE = 8
+from .training import TrainingImages, training_images
 
 
 def judge_wall(order: WallOrder, studio: Studio, progress: Progress | None = None) -> Choice:
@@ -89,44 +86,12 @@ class Case:
         studio.prepare(self.order)
         wall, *compared = (order.cells() for order in self.orders)
         total = sum(cell.strength != 0 for cell in wall) + sum(map(len, compared)) + len(self.images.examples)
-        return Judge.of(self, _Eye(studio.vae, total, progress or _quietly)).choice()
+        return Judge.of(self, Eye(studio.vae, total, progress or quietly)).choice()
 
     def judge(self, studio: Studio) -> Judge:
         """To score other pictures of its prompts than those of the wall; the base's are all there."""
         studio.prepare(self.order)
-        return Judge.of(self, _Eye(studio.vae, 0, _quietly))
-
-
-def _quietly(done: int, total: int) -> None:
-    pass
-
-
-@dataclass
-class _Eye:
-    """Looks at pictures through the base's encoder, and says how many it has seen."""
-
-    vae: AutoencoderKL
-    total: int
-    progress: Progress
-    _seen: int = field(default=0, init=False)
-
-    def drawn(self, files: Sequence[Path]) -> Features:
-        """Of pictures that a UNet has drawn."""
-        parts = (files[start : start + _AT_ONCE] for start in range(0, len(files), _AT_ONCE))
-        return self._look(features_of(self.vae, drawn_pictures(part)) for part in parts)
-
-    def true(self, images: TrainingImages, size: int) -> Features:
-        rows = range(len(images.examples))
-        parts = (rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE))
-        return self._look(features_of_true(self.vae, images.pictures(part, size)) for part in parts)
-
-    def _look(self, parts: Iterable[Features]) -> Features:
-        found: list[Features] = []
-        for part in parts:
-            found.append(part)
-            self._seen += len(part)
-            self.progress(self._seen, self.total)
-        return _together(found)
+        return Judge.of(self, Eye(studio.vae))
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +99,7 @@ class Judge:
     """A wall, the scales, and the base's own pictures."""
 
     case: Case
-    eye: _Eye
+    eye: Eye
     base: Features
     """Of the wall's prompts, seed by seed within each."""
     style: StyleScale
@@ -142,12 +107,12 @@ class Judge:
     base_pictures: int
 
     @classmethod
-    def of(cls, case: Case, eye: _Eye) -> Judge:
+    def of(cls, case: Case, eye: Eye) -> Judge:
         _, alone, captioned = case.orders
         pictures = list(alone.files().values())
         base, others = eye.drawn(pictures), eye.drawn(list(captioned.files().values()))
-        training = eye.true(case.images, _size(pictures[0]))
-        everything = _together([base, others])
+        training = eye.true(case.images, side_of(pictures[0]))
+        everything = Features.joined([base, others])
         asked = [cell.prompt for one in (alone, captioned) for cell in one.cells()]
         own = torch.tensor([[caption == prompt for caption in case.images.captions] for prompt in asked])
         style, content = StyleScale.fit(base, training), ContentScale.fit(everything, training, own)
@@ -184,13 +149,3 @@ class Judge:
         nearest = [self.case.images.examples[row].name for row in self.content.nearest(drawn)]
         told = zip(files, nearest, *map(Tensor.tolist, scores), strict=True)
         return tuple(JudgedPicture(cell.prompt, cell.seed, Scores(*values), name) for cell, name, *values in told)
-
-
-def _together(parts: Sequence[Features]) -> Features:
-    grams = tuple(torch.cat(stage) for stage in zip(*(part.grams for part in parts), strict=True))
-    return Features(grams, torch.cat([part.layout for part in parts]))
-
-
-def _size(file: Path) -> int:
-    with Image.open(file) as picture:
-        return picture.width

@@ -9,8 +9,6 @@ from pathlib import Path
 from statistics import NormalDist, fmean
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from PIL import Image
 from torch import Tensor
 
 from ...datasets.captions import with_trigger
@@ -20,11 +18,12 @@ from ..jobs import RunFolder
 from ..painting.orders import Cell, WallOrder
 from ..painting.studio import Studio
 from .content import FEW, ContentScale
-from .features import Features, features_of, features_of_true
+from .eye import Eye, side_of
+from .features import Features
 from .leaks import PROMPTS, Captions, LeakPicture, Leaks, Uninvited, Unnamed, leak_cells, leak_order
 from .neutral import neutral_prompts, words_of
 from .style import StyleScale
-from .training import TrainingImages, drawn_pictures, training_images
+from .training import TrainingImages, training_images
 
 LEAST = 0.25
 """Style with the trigger. What has less of it has not learned it yet, and a share of nothing tells nothing."""
@@ -33,7 +32,6 @@ HARDLY, PARTLY = 0.2, 0.5
 CHANCE = 0.1
 """One report in so many names a word, or images, for no reason but chance."""
 _GROUPS = 5
-_AT_ONCE = 8
 _MAD = 1.4826
 """Deviations of normal numbers in their median distance from the median."""
 
@@ -67,7 +65,7 @@ def find_leaks(
     studio.draw(order, files, lambda: progress(next(done), missing) if progress else None)
     studio.prepare(order)
     pairs = [(text, with_trigger(text, config.trigger)) for text in texts]
-    return order, _Case.of(order, pairs, images, files, studio.vae).leaks()
+    return order, _Case.of(order, pairs, images, files, Eye(studio.vae)).leaks()
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +90,11 @@ class _Case:
         prompts: Sequence[tuple[str, str]],
         images: TrainingImages,
         files: dict[Cell, Path],
-        vae: AutoencoderKL,
+        eye: Eye,
     ) -> _Case:
         kinds = zip(*(leak_cells(order, *pair) for pair in prompts), strict=True)
-        base, without, word, asked = (_drawn(vae, [files[cell] for cell in cells]) for cells in kinds)
-        training = _true(vae, images, _side(next(iter(files.values()))))
+        base, without, word, asked = (eye.drawn([files[cell] for cell in cells]) for cells in kinds)
+        training = eye.true(images, side_of(next(iter(files.values()))))
         trigger = RunFolder(Path(order.run)).read_config().trigger
         style, content = StyleScale.fit(base, training), ContentScale.fit(base, training)
         return cls(order, prompts, images, trigger, base, without, word, asked, style, content)
@@ -229,24 +227,3 @@ def leak_sentence(is_known: bool, without: float, asked: float, word: float, sha
     if word >= LEAST:
         told += f" The trigger by itself gives the untouched base {word:.2f} of it: the base knows the word already."
     return told
-
-
-def _drawn(vae: AutoencoderKL, files: Sequence[Path]) -> Features:
-    parts = [features_of(vae, drawn_pictures(files[at : at + _AT_ONCE])) for at in range(0, len(files), _AT_ONCE)]
-    return _together(parts)
-
-
-def _true(vae: AutoencoderKL, images: TrainingImages, side: int) -> Features:
-    rows = range(len(images.examples))
-    parts = [rows[at : at + _AT_ONCE] for at in range(0, len(rows), _AT_ONCE)]
-    return _together([features_of_true(vae, images.pictures(part, side)) for part in parts])
-
-
-def _together(parts: Sequence[Features]) -> Features:
-    grams = tuple(torch.cat(stage) for stage in zip(*(part.grams for part in parts), strict=True))
-    return Features(grams, torch.cat([part.layout for part in parts]))
-
-
-def _side(file: Path) -> int:
-    with Image.open(file) as picture:
-        return picture.width

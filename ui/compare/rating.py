@@ -16,12 +16,11 @@ from PIL import Image
 
 from ...trainer.config import RunConfig
 from ...trainer.errors import UserError
-from ...trainer.jobs import RunFolder
+from ...trainer.jobs import RunFolder, preview_files
 from ...trainer.painting.easel import Ticket
 from ...trainer.painting.orders import Look, WallOrder
 from ...trainer.preferences.ratings import Neither, Pair, Rating, Ratings, Thumb
 from ...trainer.preferences.refining import refined
-from ...trainer.sample import preview_files
 from ..context import FOLLOWING, QUIETLY, Context, as_news, changed_at, readable_config, told
 from ..html import esc, notice, picture, problems
 from ..train.starting import start_document

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ...trainer.jobs import RunFolder
+from ...trainer.jobs import RunFolder, preview_files
 from ..urls import picture_url
 
 _CELL = re.compile(r"[0-9a-f]{16}\.png")
@@ -32,10 +32,9 @@ def covers_of(run: RunFolder, step: int) -> list[Cover]:
 
     Cells that show the untouched base or another checkpoint are left out: a thumbnail says what the file does.
     """
-    previews = sorted(file for file in run.samples(step).glob("*.png") if file.stem.isdecimal())
     covers = [
         Cover(file, _label(f"Preview {number}", _said(file, "positive_prompt")))
-        for number, file in enumerate(previews, 1)
+        for number, file in enumerate(preview_files(run.samples(step)), 1)
     ]
     return covers + list(_cells_of(run, step))
 
