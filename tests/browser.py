@@ -183,8 +183,10 @@ def watched_page(browser: Browser, folder: Path, **options: Any) -> Iterator[Pag
 
 
 def _is_told_error(said: ConsoleMessage) -> bool:
-    """An error of the page; not that of a request which a reload has cut off."""
-    return said.type == "error" and not re.search(r"AbortError|Connection errored out", said.text)
+    """An error of the page; not that of a request which a reload has cut off, nor that of a stream of answers which
+    Gradio's server has closed meanwhile."""
+    cut_off = r"AbortError|Connection errored out|^Unexpected error 404: Not Found$"
+    return said.type == "error" and not re.search(cut_off, said.text)
 
 
 def _is_local(url: str) -> bool:

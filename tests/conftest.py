@@ -80,16 +80,22 @@ _ELABORATE = {
 """Tests that take ten seconds to a minute each, in several processes, of what others show on the way."""
 
 
-_LONG = re.compile("test_(ui_|queue|painting|cli|requests|train|share|wall|export|real_clients)")
+_LONG = re.compile("test_(queue|painting|cli|requests|train|share|wall|export|real_clients)")
 """Files that take long and have few tests; they come first, so that none is left to one process at the end."""
 _WHOLE_STORIES = ("test_ui_story", "test_ui_train", "test_ui_robust", "test_ui_api")
 """Browsers and servers that train. They share one process and all other browsers a second one, for more at a time
 starve each other; and they get a second try, which the report tells."""
 
 
+def _turn(item: pytest.Item) -> int:
+    """Browsers are begun first, because their two groups take longest; then files that take long."""
+    name = item.path.stem
+    return 0 if name in _WHOLE_STORIES else 1 if name.startswith("test_ui_") else 2 if _LONG.match(name) else 3
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not _LONG.match(item.path.stem))
+    items.sort(key=_turn)
     for item in items:
         is_alike = item.path.stem in _MANY_ALIKE and _FURTHER.search(item.name)
         if is_alike or any(words in item.name for words in _ELABORATE.get(item.path.stem, ())):

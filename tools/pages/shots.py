@@ -44,7 +44,7 @@ def _train_the_example(runs: Path) -> None:
 def _go_to(shown: Page, title: str) -> None:
     tab = shown.get_by_role("tab", name=title)
     if not tab.is_visible():  # narrow screens fold the last ones into a menu
-        shown.get_by_role("button", name="More tabs").click()
+        shown.get_by_role("button", name="More tabs").first.click()  # a page may have tabs of its own
         tab = shown.get_by_role("button", name=title)
     tab.click()
     shown.wait_for_timeout(2500)  # for what is read from disk each second
@@ -65,9 +65,9 @@ def _train(shown: Page) -> None:
 
 
 def _compare(shown: Page) -> None:
-    """A wall whose pictures are there."""
+    """A wall whose pictures are there, with their scores."""
     shown.get_by_role("button", name="Draw", exact=True).click()
-    shown.get_by_text("pictures of this wall are there").wait_for(timeout=900_000)
+    shown.get_by_role("button", name="Use the recommended one").wait_for(timeout=1_800_000)
     shown.get_by_role("img", name="step 300").first.wait_for()
     shown.locator("table.grid").last.evaluate("table => table.scrollIntoView({block: 'start'})")
 
