@@ -237,6 +237,11 @@ class Story:
             return [CurvePoint(steps.step[i], steps.loss[i], steps.smoothed[i], steps.rates(i)) for i in shown]
 
 
+def comparable(validations: Sequence[Validated]) -> list[Validated]:
+    """Those that measured the same as the newest."""
+    return [measured for measured in validations if measured.of == validations[-1].of]
+
+
 def _place(step: int, others: Sequence[Sampled | Validated | Checkpointed]) -> int:
     """Where a step stands, or would stand."""
     return bisect_left(others, step, key=attrgetter("step"))

@@ -59,7 +59,7 @@ def find_leaks(
         what = "the captions name something of each subject that could be drawn"
         raise UserError(what, str(run.path), "Give others: --prompt TEXT, for things that no image shows.")
     order = leak_order(run, step, strength, texts, seed)
-    files = {cell: order.file(cell) for cell in order.cells()}
+    files = order.files()
     missing = sum(not file.is_file() for file in files.values())
     done = iter(range(1, missing + 1))
     studio.draw(order, files, lambda: progress(next(done), missing) if progress else None)

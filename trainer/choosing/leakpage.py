@@ -67,12 +67,7 @@ def leak_sheet(order: WallOrder, title: str, leaks: Leaks) -> Image.Image:
 
 def _styles(one: LeakPicture) -> list[str]:
     """What stands below the four pictures of a prompt."""
-    return ["", *(f"style {_plain(style)}" for style in (one.style_without, one.style_word, one.style_with))]
-
-
-def _plain(number: float) -> str:
-    """To two digits, and of next to nothing without a sign."""
-    return f"{number:.2f}".replace("-0.00", "0.00")
+    return ["", *(f"style {style:z.2f}" for style in (one.style_without, one.style_word, one.style_with))]
 
 
 def _files(order: WallOrder, one: LeakPicture) -> list[Path]:

@@ -43,9 +43,9 @@ def _rows(task: Task, tuned: Tuned) -> Iterator[tuple[Image.Image, str]]:
 def _rows_of(order: WallOrder, task: Task, tuned: Tuned) -> Iterator[tuple[Image.Image, str]]:
     confirmed = tuned.verdict.confirmed
     mixtures = [one.mixture for one in confirmed] if confirmed else [task.start]
-    columns = [order.of_the_base().files(), *(one.files(order, order.cells(), task.rank) for one in mixtures)]
     cells = order.cells()
-    for number, cell in enumerate(cells):
-        for files, name in zip(columns, _columns(tuned), strict=True):
-            with Image.open(list(files.values())[number]) as picture:
+    columns = [order.of_the_base().files(), *(one.files(order, cells, task.rank) for one in mixtures)]
+    for cell, *row in zip(cells, *(files.values() for files in columns), strict=True):
+        for file, name in zip(row, _columns(tuned), strict=True):
+            with Image.open(file) as picture:
                 yield picture.convert("RGB"), f"{name}, {cell.prompt}, seed {cell.seed}"

@@ -40,10 +40,7 @@ def compare(
     """Draw a wall of checkpoints and strengths, score each, and recommend one; what was drawn before is not drawn
     again. It is written as a picture, as a page for a browser, and as JSON."""
     if out:
-        if out.suffix.lower() != ".png":
-            raise UserError("does not end in .png", f"--out {out}", "Add it: the wall is a PNG.")
-        for file in (out, out.with_suffix(".html"), out.with_suffix(".json")) if scores else (out,):
-            refuse_taken(file, "--out")
+        _require_new(out, "wall", (".html", ".json") if scores else ())
     from ..jobs import open_run
     from ..painting.orders import files_of, write_order
     from ..painting.wall import wall_order
@@ -66,6 +63,14 @@ def compare(
         typer.echo(file)
     if choice:
         typer.echo(choice.reason)
+
+
+def _require_new(out: Path, what: str, beside: tuple[str, ...]) -> None:
+    """A PNG that is not there yet, nor a file of its name with one of these endings."""
+    if out.suffix.lower() != ".png":
+        raise UserError("does not end in .png", f"--out {out}", f"Add it: the {what} is a PNG.")
+    for file in (out, *map(out.with_suffix, beside)):
+        refuse_taken(file, "--out")
 
 
 def _scored(order: WallOrder) -> Choice:
@@ -128,10 +133,7 @@ def leaks(
     if prompt and count:
         raise UserError("has no effect beside --prompt", f"--count {count}", "Remove one of them.")
     if out:
-        if out.suffix.lower() != ".png":
-            raise UserError("does not end in .png", f"--out {out}", "Add it: the sheet is a PNG.")
-        for file in (out, out.with_suffix(".html"), out.with_suffix(".json")):
-            refuse_taken(file, "--out")
+        _require_new(out, "sheet", (".html", ".json"))
     from ..choosing.leaking import find_leaks
     from ..choosing.leakpage import leak_page, leak_sheet
     from ..choosing.leaks import PROMPTS, leaks_file, write_leaks

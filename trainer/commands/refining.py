@@ -9,7 +9,7 @@ import typer
 
 from ..errors import UserError
 from .options import Overrides, RunPath
-from .training import say_how_it_ended
+from .training import carry_out
 
 
 def refine(
@@ -26,8 +26,7 @@ def refine(
 ) -> None:
     """Train a run's LoRA further by which of its pictures were preferred. It is a new run; the old one stays."""
     from ..configfile import validate
-    from ..console import Reporter, print_plan
-    from ..jobs import check_name_is_free, is_main_process, open_run
+    from ..jobs import open_run
     from ..plan import make_plan
     from ..preferences.ratings import Ratings
     from ..preferences.refining import refined
@@ -38,11 +37,4 @@ def refine(
         fix = "Rate pictures on the Compare page, or write such a file as docs/refine.md has it."
         raise UserError("no such file", f"--ratings {said.file}", fix)
     made = make_plan(validate(refined(before, said, name, step), "refine", set_ or []))
-    if is_main_process():
-        check_name_is_free(made.config)
-        print_plan(made)
-    from .. import run
-
-    with Reporter() as report:
-        finished = run.train(made, report)
-    say_how_it_ended(finished)
+    carry_out(made)

@@ -13,6 +13,7 @@ from .options import ConfigFile, Json, Overrides, RunPath, print_json, refuse_un
 from .preparing import plan_of
 
 if TYPE_CHECKING:
+    from ..plan import Plan
     from ..run import Finished
 
 
@@ -30,18 +31,8 @@ def demo(
 
 def train(file: ConfigFile, set_: Overrides = None) -> None:
     """Train, export and verify. The first Ctrl-C stops and saves."""
-    from ..console import Reporter, print_plan
-    from ..jobs import check_name_is_free, is_main_process
-
     made, _ = plan_of(file, set_)
-    if is_main_process():
-        check_name_is_free(made.config)
-        print_plan(made)
-    from .. import run
-
-    with Reporter() as report:
-        finished = run.train(made, report)
-    say_how_it_ended(finished)
+    carry_out(made)
 
 
 def resume(
@@ -162,6 +153,21 @@ def ui(
         from ...ui.server import Door, serve
 
     serve(folder, Door.of(listen, port, auth), tuple(root or ()))
+
+
+def carry_out(made: Plan) -> None:
+    """Show the plan of a new run, and train it."""
+    from ..console import Reporter, print_plan
+    from ..jobs import check_name_is_free, is_main_process
+
+    if is_main_process():
+        check_name_is_free(made.config)
+        print_plan(made)
+    from .. import run
+
+    with Reporter() as report:
+        finished = run.train(made, report)
+    say_how_it_ended(finished)
 
 
 def say_how_it_ended(finished: Finished) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..events import Validated
-from ..story import CurvePoint
+from ..story import CurvePoint, comparable
 
 _TICKS = 5
 
@@ -30,8 +30,7 @@ def losses(points: Sequence[CurvePoint], validations: Sequence[Validated] = ()) 
         Line("each step", tuple((point.step, point.loss) for point in points), "faint"),
         Line("smoothed", tuple((point.step, point.smoothed) for point in points), "first"),
     ]
-    same = [measured for measured in validations if measured.of == validations[-1].of]
-    if same:
+    if same := comparable(validations):
         lines.append(Line("validation", tuple((measured.step, measured.loss) for measured in same), "second"))
     return lines
 

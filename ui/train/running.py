@@ -15,7 +15,7 @@ from ...trainer.jobs import RunFolder
 from ...trainer.queue import go_on
 from ...trainer.report.curves import loss_sentence, rates_sentence
 from ...trainer.status import Status
-from ...trainer.story import CurvePoint, Story
+from ...trainer.story import CurvePoint, Story, comparable
 from ..context import QUIETLY, Context, told
 from ..html import cell, chip, esc, notice, table
 from ..urls import picture_url
@@ -376,11 +376,6 @@ def losses(points: list[CurvePoint], validations: Sequence[Validated] = ()) -> p
     shown = comparable(validations)[::-apart]  # from the newest back
     rows += [(measured.step, measured.loss, "validation") for measured in reversed(shown)]
     return pd.DataFrame(rows, columns=["step", "loss", "line"])
-
-
-def comparable(validations: Sequence[Validated]) -> list[Validated]:
-    """Those that measured the same as the newest."""
-    return [measured for measured in validations if measured.of == validations[-1].of]
 
 
 def validation_told(validations: Sequence[Validated]) -> str:
