@@ -13,6 +13,7 @@ import typer
 from . import __version__
 from .commands import choosing, files, measuring, preparing, queue, refining, reporting, sharing, sweeping, training
 from .errors import INTERRUPTED, LorasmithError, TrainingError, UserError
+from .startup import start_quickly
 
 app = typer.Typer(
     name="lorasmith",
@@ -30,6 +31,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")  # a Windows console may be set to another code page
     signal.signal(signal.SIGINT, _interrupted)
+    start_quickly()
     try:
         app()
     except Exception as error:

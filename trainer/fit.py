@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from typing import Any
 
 from .config import RuntimeSection
@@ -19,6 +18,7 @@ from .device import Device, binary
 from .errors import UserError
 from .footprint import Footprint, footprint, precision_on
 from .plan import Plan
+from .startup import is_installed
 
 _LARGEST = (2, 4)
 """Blocks that recompute before all do: of the way down and the way up, at one size of feature maps and at two."""
@@ -185,7 +185,7 @@ def _ways(draft: _Draft) -> Iterator[list[Change]]:
         why = "halves the base and its activations; numbers have fewer digits"
         way = [*way, Change("runtime.precision", "bf16", why)]
         yield way
-    if config.optimizer.kind == "adamw" and find_spec("bitsandbytes"):
+    if config.optimizer.kind == "adamw" and is_installed("bitsandbytes"):
         why = "keeps AdamW's two averages in 8 bit, with nearly the same result"
         yield [*way, Change("optimizer.kind", "adamw8bit", why)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 import io
 import logging
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .config import OptimizerSection, RunConfig
 from .errors import ConfigError
 from .idle import RATES, is_default
+from .startup import import_late
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -109,7 +109,7 @@ def _imported(module: str, kind: str) -> Any:
     if module.startswith("bitsandbytes"):
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses 4-bit kernels, which no optimizer uses
     try:
-        return importlib.import_module(module)
+        return import_late(module)
     except ImportError as error:
         what = f'"{kind}" is looked for in {module.partition(".")[0]}, which is not installed'
         raise ConfigError(what, "optimizer.kind", 'pip install "lorasmith[optimizers]"') from error
