@@ -1,0 +1,35 @@
+"""What makes a process of ours start sooner: to import torch, diffusers, transformers and PEFT is most of a short one.
+
+Both of these are for a process that is ours alone, and without effect on what it computes.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import sys
+from importlib.machinery import PathFinder
+from types import ModuleType
+
+_LATER = "bitsandbytes"
+"""diffusers, transformers and PEFT import it wherever it is installed, for bases in 8 and 4 bits, and it imports the
+compiler of PyTorch. No base here has so few bits; some optimizers need it, and import it when they are asked for."""
+
+
+def start_quickly() -> None:
+    """Let no import wait for bitsandbytes, nor for a search for garbage: some thousand modules make none."""
+    if _LATER not in sys.modules:
+        sys.modules[_LATER] = None  # pyright: ignore[reportArgumentType]
+    gc.set_threshold(50_000, *gc.get_threshold()[1:])
+
+
+def import_late(module: str) -> ModuleType:
+    """Import a module that `start_quickly` may have put off, or one of another library."""
+    if module.partition(".")[0] == _LATER and sys.modules.get(_LATER, module) is None:
+        del sys.modules[_LATER]
+    return importlib.import_module(module)
+
+
+def is_installed(library: str) -> bool:
+    """Whether a library could be imported, though it may have been put off."""
+    return PathFinder.find_spec(library) is not None
