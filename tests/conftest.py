@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from lorasmith.trainer.configfile import merge, validate
 from lorasmith.trainer.jobs import create_run
 from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.plan import make_plan
+from lorasmith.trainer.startup import start_quickly
 
 pytest_plugins = ["tests.browser"]
 
 settings.register_profile("lorasmith", deadline=None, derandomize=True)  # a slow machine is no failure
 settings.load_profile("lorasmith")
 torch.set_num_threads(1)  # models as small as these lose time to a second thread
+start_quickly()
 
 
 _FILES = (
@@ -105,6 +108,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(browsers if in_browser else item.path.stem))
         if in_browser:
             item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+def pytest_collection_finish() -> None:
+    """A million things outlive all tests; the search for garbage passes them over from here on."""
+    gc.collect()
+    gc.freeze()
 
 
 def draw_picture(number: int, size: tuple[int, int]) -> Image.Image:

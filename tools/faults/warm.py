@@ -5,6 +5,8 @@ No gradient is computed here: autograd's threads would not survive a fork.
 
 from __future__ import annotations
 
+import gc
+
 import torch
 from PIL import Image
 
@@ -19,3 +21,4 @@ Image.init()
 _pocket = inspect_base("pocket")
 skeleton(_pocket)
 load_base(_pocket).pipeline()
+gc.freeze()  # no child looks for garbage here, nor gets a copy of it for having looked
