@@ -31,7 +31,8 @@ from lorasmith.trainer.choosing.page import notes_of, page_of
 from lorasmith.trainer.choosing.recommendation import LIMIT, recommend
 from lorasmith.trainer.choosing.style import StyleScale
 from lorasmith.trainer.choosing.training import training_images
-from lorasmith.trainer.demo import _true, read_held_out, to_tensor
+from lorasmith.trainer.demo import _true, read_held_out
+from lorasmith.trainer.encoder import to_tensor
 from lorasmith.trainer.example import EXAMPLES, STYLE
 from lorasmith.trainer.painting.wall import wall_order
 

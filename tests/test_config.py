@@ -123,7 +123,7 @@ FULL = {
     | {"options": {"d_coef": 0.8, "growth": 2, "safe": True, "a name": 'of "kind" \\ 1'}},
     "objective": {"prediction": "v_prediction", "min_snr_gamma": 3.0, "noise_offset": 0.05},
     "save": {"every": 0, "keep": 3, "keep_best": True},
-    "validation": {"every": 50, "share": 0.25, "min_images": 8, "draws": 4, "seed": 0, "patience": 3},
+    "validation": {"every": 50, "by": "loss", "share": 0.25, "min_images": 8, "draws": 4, "seed": 0, "patience": 3},
     "sample": {"every": 5, "prompts": ["a\nb\ttab", 'quote " \\ back', "\u2028\x7f\x01 # no comment", ""]},
     "export": {
         "formats": ["diffusers", "kohya"],
@@ -502,6 +502,7 @@ OTHER: dict[str, Any] = {
     "objective.timestep_std": 2.0,
     "objective.multires_noise_discount": 0.8,
     "sample.prompts": ["a"],
+    "validation.by": "scores",
     "validation.share": 0.2,
     "validation.min_images": 8,
     "validation.draws": 4,
@@ -526,6 +527,7 @@ WITHOUT = {
     "objective.timesteps": ("uniform",),
     "export.metadata": ("all", "none"),
     "runtime.gradient_checkpointing": (False,),
+    "validation.by": ("scores",),
 }
 """Values of the settings they depend on."""
 
@@ -546,8 +548,9 @@ def shown(value: Any) -> str:
 @pytest.mark.parametrize("setting", idle.ONLY_WITH)
 def test_a_setting_that_goes_with_some_choices_is_an_error_with_the_others(setting: str):
     choice, values = idle.ONLY_WITH[setting]
+    needed = [(number, 2) for dotted, number in idle.OF_NUMBERS.items() if dotted in (setting, choice)]
     for other in (other for other in WITHOUT[choice] if other not in values):
-        found = problems_of(with_values((setting, OTHER[setting]), (choice, other)))
+        found = problems_of(with_values((setting, OTHER[setting]), (choice, other), *needed))
         assert found == [
             Problem(
                 f"run.toml: {setting}",
@@ -556,7 +559,8 @@ def test_a_setting_that_goes_with_some_choices_is_an_error_with_the_others(setti
             )
         ]
     for value in values:
-        assert values_of(validate(with_values((setting, OTHER[setting]), (choice, value))))[setting] == OTHER[setting]
+        given = with_values((setting, OTHER[setting]), (choice, value), *needed)
+        assert values_of(validate(given))[setting] == OTHER[setting]
 
 
 @pytest.mark.parametrize("setting", idle.OF_NUMBERS)

@@ -13,11 +13,12 @@ from PIL import Image
 from lorasmith.datasets.folder import scan
 from lorasmith.trainer.bases import POCKET, inspect_base
 from lorasmith.trainer.demo import _true, measure_style, read_held_out
+from lorasmith.trainer.encoder import pass_through
 from lorasmith.trainer.example import EXAMPLES, STYLE, example_config
 from lorasmith.trainer.jobs import free_name
 from lorasmith.trainer.models import load_base
 from lorasmith.trainer.sample import before_after_grid
-from lorasmith.trainer.score import StyleMeasure, colour_layout, colour_layout_distance, pass_through
+from lorasmith.trainer.score import StyleMeasure, colour_layout, colour_layout_distance
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from lorasmith.trainer.choosing.leaking import leak_sentence, leaked, uninvited_
 from lorasmith.trainer.choosing.leaks import leak_order, leaks_file, read_leaks
 from lorasmith.trainer.choosing.neutral import SUBJECTS, neutral_prompts, words_of
 from lorasmith.trainer.choosing.style import StyleScale
-from lorasmith.trainer.demo import _true, read_held_out, to_tensor
+from lorasmith.trainer.demo import _true, read_held_out
+from lorasmith.trainer.encoder import to_tensor
 from lorasmith.trainer.errors import UserError
 from lorasmith.trainer.example import EXAMPLES, STYLE
 from lorasmith.trainer.jobs import create_run

@@ -35,7 +35,8 @@ from lorasmith.trainer.choosing.tuning import Tuning, task_of
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.configfile import merge, validate
 from lorasmith.trainer.console import Reporter
-from lorasmith.trainer.demo import read_held_out, to_tensor
+from lorasmith.trainer.demo import read_held_out
+from lorasmith.trainer.encoder import to_tensor
 from lorasmith.trainer.example import EXAMPLES, STYLE, example_config
 from lorasmith.trainer.files import write_text
 from lorasmith.trainer.jobs import RunFolder, create_run

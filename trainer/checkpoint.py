@@ -45,13 +45,15 @@ class TrainState:
     at_once: int = 0
     """Images in one forward and backward pass, since the memory was full with more; 0: whole batches."""
     best_step: int = 0
-    """With the lowest validation loss; 0: none yet."""
+    """With the lowest validation loss, or the best scores; 0: none yet."""
     best_losses: list[float] = field(default_factory=list)
     """Of each of its predictions."""
     best_of: str = ""
-    """A hash of what was predicted."""
+    """A hash of what was predicted, or drawn and scored."""
+    scored: list[list[float]] = field(default_factory=list)
+    """Style, prompt and copying of each validation so far, where it is by scores."""
     not_lower: int = 0
-    """How many validations in a row have not been lower since."""
+    """How many validations in a row have not been better since."""
     config: str = ""
     """Hash of the settings that decide the result; `origin.json` holds what this and the next are hashes of."""
     dataset: str = ""

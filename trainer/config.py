@@ -355,8 +355,8 @@ class SaveSection(Section):
     keep: Literal["all"] | int = "all"
     """`all`, or how many of the newest checkpoints to keep."""
     keep_best: bool = False
-    """Save whenever the validation loss is lower than ever by more than its noise, and keep the last such checkpoint
-    whatever `keep` says."""
+    """Save whenever the validation loss is lower than ever by more than its noise, or its scores better than ever, and
+    keep the last such checkpoint whatever `keep` says."""
 
     @field_validator("keep", mode="plain")  # in place of pydantic's own, which reports a problem for each of the two
     @classmethod
@@ -384,25 +384,28 @@ class SampleSection(Section):
 
 
 class ValidationSection(Section):
-    """A loss with the same images, time-steps and noise each time. It can be compared from step to step, which the loss
-    of a step cannot."""
+    """A loss with the same images, time-steps and noise each time, or scores of pictures of the same prompts and noise.
+    They can be compared from step to step, which the loss of a step cannot."""
 
     every: int = Field(default=0, ge=0, le=10_000_000)
     """Measured each so many steps, at step 0 and at the end. 0, because images that are held out for it are not
     learned, and a small set needs them all: never."""
+    by: Literal["loss", "scores"] = "loss"
+    """loss, or scores: style gained, prompt kept and copying, as lorasmith compare gives them, of pictures that are
+    drawn each time. These judge what people look at and hold no image out; a loss takes a fraction of their time."""
     share: float = Field(default=0.1, ge=0, le=0.5)
     """Share of the style's images that are held out: never trained on, two at least. 0: none; then the training images
     are measured with noise of their own."""
     min_images: int = Field(default=20, ge=4, le=1_000_000)
     """A style of fewer images keeps them all, as with a share of 0."""
     draws: int = Field(default=16, ge=1, le=10_000)
-    """Noises of each band of time-steps, for the held-out images in turn, and as many for training images. More tell
-    finer differences, and take longer."""
+    """Noises of each band of time-steps, for the held-out images in turn, and as many for training images; by scores,
+    pictures, of the previews' prompts in turn. More tell finer differences, and take longer."""
     seed: int = Field(default=4321, ge=0, lt=2**63)
     """Seed of time-steps and noise, which no step of the training draws."""
     patience: int = Field(default=0, ge=0, le=1_000_000)
-    """The run ends when the loss was not lower than its lowest, by more than its noise, so many times in a row. 0:
-    never, because pictures may get better while this loss does not."""
+    """The run ends when the loss was not lower than its lowest, by more than its noise, or the scores were not better,
+    so many times in a row. 0: never, because pictures may get better while this loss does not."""
 
 
 class ExportSection(Section):
@@ -423,7 +426,7 @@ class ExportSection(Section):
     because what one or two images have may be a caption, or a name."""
     checkpoint: Literal["last", "best"] = "last"
     """Whose weights the files at the end of a run hold: of its last step, or, with save.keep_best, of the checkpoint
-    with the lowest validation loss."""
+    with the lowest validation loss or the best scores."""
     strength: float = Field(default=1.0, gt=0, le=10)
     """The strength that others are told to use it at. 1: as it was trained, which is how the previews are drawn."""
     title: str = ""

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from .config import AdapterSection, RunConfig
 from .configfile import Origin
-from .events import Checkpointed, Done, Event, Phase, PlanMade, Sampled, Step, Stopped, Validated, Warned
+from .events import Checkpointed, Done, Event, Phase, PlanMade, Sampled, Scored, Step, Stopped, Validated, Warned
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ class Reporter:
                 self._line(f"step {step}: previews in {folder}")
             case Validated():
                 self._line(f"step {event.step}: {validation_sentence(event)}")
+            case Scored():
+                self._line(f"step {event.step}: {scores_sentence(event)}")
             case Checkpointed(step, folder):
                 self._line(f"step {step}: saved {folder}")
             case Warned(message):
@@ -111,15 +113,23 @@ def trained_sentence(parts: list[dict[str, Any]]) -> str:
 
 def validation_sentence(measured: Validated) -> str:
     """What a measure of the validation loss has come to."""
-    told = f"validation loss {measured.loss:.4f}"
-    if measured.best:
-        told += (
-            ", the lowest so far" if measured.best == measured.step else f" (the lowest was at step {measured.best})"
-        )
+    told = f"validation loss {measured.loss:.4f}{_against_the_best(measured, 'lowest')}"
     if not measured.gaps:
         return told
     gaps = ", ".join(f"{gap:+.4f} at {band}" for gap, band in zip(measured.gaps, measured.bands, strict=False))
     return f"{told}; gap to the training images by time-step: {gaps}"
+
+
+def scores_sentence(scored: Scored) -> str:
+    """What the scores of a step's pictures are."""
+    told = f"style {scored.style:z.2f}, prompt {scored.prompt:z.2f}, copying {scored.copying:z.2f}"
+    return f"{told}{_against_the_best(scored, 'best')}"
+
+
+def _against_the_best(measured: Validated | Scored, name: str) -> str:
+    if not measured.best:
+        return ""
+    return f", the {name} so far" if measured.best == measured.step else f" (the {name} was at step {measured.best})"
 
 
 def _rate(part: dict[str, Any]) -> str:
@@ -175,10 +185,15 @@ def print_plan(plan: Plan) -> None:
     out.print(f"buckets: {buckets}")
     out.print(f"length: {length_sentence(plan)}")
     if validation := facts["validation"]:
-        often = f"each {validation['every']} steps, {validation['predictions']} predictions"
-        out.print(f"validation loss ({often}): {validation['told']}", markup=False)
+        if by_scores := validation["by"] == "scores":
+            often = f"each {validation['every']} steps, {validation['pictures']} pictures"
+            out.print(f"scores ({often}): {validation['told']}", markup=False)
+        else:
+            often = f"each {validation['every']} steps, {validation['predictions']} predictions"
+            out.print(f"validation loss ({often}): {validation['told']}", markup=False)
         if validation["patience"]:
-            out.print(f"ends early, if it was not lower {validation['patience']} times in a row")
+            what = "they were not better" if by_scores else "it was not lower"
+            out.print(f"ends early, if {what} {validation['patience']} times in a row")
     out.print(f"if the memory is full: {plan.if_memory_is_full}")
     out.print(what_is_trained(config.adapter), markup=False)
     _print_parts(facts["trained"])

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from . import run
 from .adapter import strength
 from .console import Reporter, out, print_plan
+from .encoder import to_tensor
 from .example import EXAMPLES, TRIGGER, example_config
 from .files import atomic_file, write_text
 from .jobs import RunFolder
@@ -95,12 +94,6 @@ def measure_style(base: Base, before: Sequence[Image.Image], after: Sequence[Ima
         retrieval_base=retrieval(drawn["base"]),
         retrieval_lora=retrieval(drawn["lora"]),
     )
-
-
-def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
-    """RGB pictures of one size as (N, 3, H, W) in -1 to 1."""
-    pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _true(style: str, files: Sequence[str]) -> Tensor:

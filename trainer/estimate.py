@@ -47,7 +47,7 @@ class Pace:
     picture: float
     """Seconds for one denoising step of one preview; 0 where none was drawn."""
     validation: float = 0.0
-    """Seconds for one measure of the validation loss; 0 where none was taken."""
+    """Seconds for one measure of the validation loss, or of the scores; 0 where none was taken."""
 
     def seconds(self, steps: int, config: RunConfig) -> float:
         """For so many steps, and the previews and validations that come with them."""
@@ -62,13 +62,15 @@ def pace_of(facts: Mapping[str, Any], config: RunConfig, stories: Iterable[Story
     if not like:
         return None
     drawn = [seconds for story in like for seconds in _seconds_of_pictures(story)]
-    asked = [seconds for story in like for seconds in story.prediction_seconds]
-    predictions = facts.get("validation", {}).get("predictions", 0)
+    measured = facts.get("validation", {})
+    by_scores = measured.get("by") == "scores"
+    asked = [s for story in like for s in (story.scored_seconds if by_scores else story.prediction_seconds)]
+    times = measured.get("pictures" if by_scores else "predictions", 0)
     return Pace(
         runs=len(like),
         step=statistics.median(seconds for story in like for seconds in story.steps.seconds),
         picture=statistics.median(drawn) if drawn else 0.0,
-        validation=predictions * statistics.median(asked) if asked else 0.0,
+        validation=times * statistics.median(asked) if asked else 0.0,
     )
 
 

@@ -49,8 +49,8 @@ class PlanMade(Event):
     plan: dict[Text, Any] = field(default_factory=dict)
     parts: list[dict[Text, Any]] = field(default_factory=list)
     every: dict[Text, Count] = field(default_factory=dict)
-    """Steps between previews, `sample`, between checkpoints, `save`, and between measures of the `validation` loss; 0:
-    never, of checkpoints only at the end."""
+    """Steps between previews, `sample`, between checkpoints, `save`, between measures of the `validation` loss,
+    and between pictures that are scored, `scores`; 0: never, of checkpoints only at the end."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,25 @@ class Validated(Event):
 
 
 @dataclass(frozen=True)
+class Scored(Event):
+    """Pictures of the same prompts and noise as at the steps before were scored, each score the mean over them."""
+
+    type: ClassVar[str] = "scores"
+    step: Count
+    style: Number
+    """0: as the base draws; 1: as near to the training images as these are to each other."""
+    prompt: Number
+    """1: the base's picture for the same prompt and noise, but for its look."""
+    copying: Number
+    """0: as near to one training image as pictures that copy nothing; above 1: nearer than 99 % of these."""
+    pictures: Count
+    of: Text
+    """A hash of all that was drawn and compared with. Scores that differ in it cannot be compared."""
+    best: Count = 0
+    """The step with the best scores so far, by the rule of a wall; 0: none but that of the untouched base."""
+
+
+@dataclass(frozen=True)
 class Checkpointed(Event):
     """A checkpoint is on disk."""
 
@@ -165,7 +184,8 @@ class Done(Event):
 
 
 _TYPES: dict[str, type[Event]] = {
-    kind.type: kind for kind in (Phase, PlanMade, Step, Sampled, Validated, Checkpointed, Warned, Failed, Stopped, Done)
+    kind.type: kind
+    for kind in (Phase, PlanMade, Step, Sampled, Validated, Scored, Checkpointed, Warned, Failed, Stopped, Done)
 }
 
 

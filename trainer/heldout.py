@@ -20,7 +20,7 @@ def hold_out(examples: Sequence[Example], settings: ValidationSection) -> tuple[
     further images it stays as it was, but for the share of these. A file that is there twice is held out with its twin,
     and none that is a regularisation image as well.
     """
-    chosen = _chosen(examples, settings) if settings.every else set[str]()
+    chosen = _chosen(examples, settings) if settings.every and settings.by == "loss" else set[str]()
     held_out = [example for example in examples if example.item.sha256 in chosen]
     return [example for example in examples if example.item.sha256 not in chosen], held_out
 

@@ -52,6 +52,8 @@ ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "objective.timestep_std": ("objective.timesteps", ("logit-normal",)),
     "export.tag_threshold": ("export.metadata", ("safe",)),
     "export.strength": ("adapter.kind", ADAPTERS),
+    "validation.share": ("validation.by", ("loss",)),
+    "validation.min_images": ("validation.by", ("loss",)),
     "runtime.fast_lora": ("adapter.kind", ("lora",)),
     "runtime.autocast": ("adapter.kind", ("lora",)),
     "runtime.flat_optimizer": ("optimizer.kind", ("adamw",)),
@@ -71,6 +73,7 @@ OF_SWITCHES: dict[str, tuple[tuple[str, ...], str]] = {
 
 OF_NUMBERS = {
     "sample.prompts": "sample.every",  # the other settings of the section serve `lorasmith sample` as well
+    "validation.by": "validation.every",
     "validation.share": "validation.every",
     "validation.min_images": "validation.every",
     "validation.draws": "validation.every",

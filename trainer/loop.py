@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -29,6 +29,7 @@ from ..datasets.dataset import Example, Showing, showing
 from .adapter import ADAPTER, adapter_state, let_drop, load_adapter_state, strength, tuner_layers
 from .averages import Averages
 from .checkpoint import Checkpoint, TrainState, prune_checkpoints, save_checkpoint
+from .choosing.choice import Scores
 from .config import Precision, RunConfig
 from .errors import Mending, TrainingError
 from .events import Checkpointed, Event, Phase, PlanMade, Sampled, Step, Warned
@@ -45,9 +46,10 @@ from .plan import Plan, prompts_from
 from .preferences.dpo import Reference, implicit_reward, margins, preference_loss
 from .preferences.start import read_start_of
 from .sample import Drawing, draw, drawn_like, save_previews
+from .scoring import Scoring
 from .shelf import Shelf
 from .speed import compute_fast, recompute_activations
-from .story import DRAWING, SAVING, VALIDATING
+from .story import DRAWING, SAVING, SCORING, VALIDATING
 from .validation import Validation
 
 Emit = Callable[[Event], None]
@@ -118,6 +120,7 @@ class Trainer:
         self._prepare(checkpoint)
         self.drawing = Drawing.of(self.config.sample, plan.base.resolution)
         self.validation = Validation.of(plan, self.latents, self.base.scaling_factor, len(self.alphas_cumprod))
+        self.scoring = Scoring.of(plan, self.base.vae, self.drawing)
 
     # -- level 1: the run ---------------------------------------------------------------------------------------------
 
@@ -383,7 +386,8 @@ class Trainer:
         every = {
             "sample": config.sample.every,
             "save": config.save.every,
-            "validation": config.validation.every,
+            "validation": config.validation.every if config.validation.by == "loss" else 0,
+            "scores": config.validation.every if config.validation.by == "scores" else 0,
         }
         self.emit(PlanMade(self.plan.steps, self.plan.images, facts, [asdict(part) for part in self.parts], every))
 
@@ -521,17 +525,50 @@ class Trainer:
             return f"{error.filename or self.run.path} cannot be written ({error.strerror or error})"
         return f"{memory_of(self.accelerator.device)} does not hold what a single one of them takes"
 
-    @torch.no_grad()
     def _validate(self) -> None:
-        """Measure the validation loss of this step, each process a part of it. A full memory does not end the run for
-        it: it is told, and the loss is left out."""
-        if self.validation is None:
-            return
+        """Measure the validation loss of this step, or the scores of its pictures. A full memory does not end the run
+        for it: it is told, and the measure is left out."""
+        if self.validation is not None:
+            self._measure_loss(self.validation)
+        if self.scoring is not None:
+            self._score(self.scoring)
+
+    def _score(self, scoring: Scoring) -> None:
+        """One process draws; all know the scores, for all must act alike."""
+        found, fits = torch.zeros(3, device=self.accelerator.device), True
+        if self.accelerator.is_main_process:
+            self.emit(Phase(SCORING))
+            try:
+                with self._encoders(resting=False), self.as_it_is_used():
+                    found += torch.tensor(astuple(self._scores(scoring)), device=found.device)
+            except OUT_OF_MEMORY as error:
+                fits = False
+                if not is_full(error):
+                    raise
+        if self._agree(not fits):
+            why = f"{memory_of(self.accelerator.device)} does not hold what a single picture takes"
+            self.emit(Warned(f"step {self.state.step} has no scores: {why}; training goes on"))
+        else:
+            self.emit(scoring.take_in(self.state, Scores(*self._sum(found).tolist())))
+
+    def _scores(self, scoring: Scoring) -> Scores:
+        if not scoring.has_begun:
+            with strength(self.base, 0):
+                scoring.begin(partial(draw, self.base))
+            if not scoring.knows_style:
+                what = "the base's own pictures are as near to the training images as these are to each other"
+                self.emit(Warned(f"the style scores say nothing: {what}"))
+        with strength(self.base, 1):
+            return scoring.scores(partial(draw, self.base))
+
+    @torch.no_grad()
+    def _measure_loss(self, validation: Validation) -> None:
+        """Each process measures a part of it."""
         self.emit(Phase(VALIDATING))
-        measured, fits = self.validation.nothing(), True
+        measured, fits = validation.nothing(), True
         try:
             with self.as_it_is_used():
-                measured = self._from_caches(self._measured, self.validation.examples())
+                measured = self._from_caches(partial(self._measured, validation), validation.examples())
         except OUT_OF_MEMORY as error:
             fits = False
             if not is_full(error):
@@ -541,14 +578,14 @@ class Trainer:
             self.emit(Warned(f"step {self.state.step} has no validation loss: {why}; training goes on"))
         else:
             losses = self._sum(measured.to(self.accelerator.device)).cpu()
-            self.emit(self.validation.take_in(self.state, losses))
+            self.emit(validation.take_in(self.state, losses))
 
     def _is_best(self) -> bool:
-        """Whether this step is to be saved for its validation loss."""
+        """Whether this step is to be saved for its validation loss or its scores."""
         return self.config.save.keep_best and self.state.best_step == self.state.step > 0
 
     def _has_waited_enough(self) -> bool:
-        """Whether the validation loss has not become lower for as long as it is waited for."""
+        """Whether neither loss nor scores have become better for as long as it is waited for."""
         return 0 < self.config.validation.patience <= self.state.not_lower
 
     @property
@@ -556,16 +593,16 @@ class Trainer:
         """Why a run that is finished ended before its budget was spent; empty if it did not."""
         if self.state.step == self.plan.steps:
             return ""
-        return f"the validation loss has not become lower since step {self.state.best_step}"
+        what = "the validation loss has not become lower" if self.validation else "the scores have not become better"
+        return f"{what} since step {self.state.best_step}"
 
-    def _measured(self) -> Tensor:
+    def _measured(self, validation: Validation) -> Tensor:
         """The part of the validation's losses that this process measures. Its steps may be other than those of the
         other processes, so it asks its model alone."""
-        assert self.validation is not None
         accelerator = self.accelerator
         losses = partial(self._weighted, accelerator.unwrap_model(self.denoiser))
         place = accelerator.process_index, accelerator.num_processes
-        return self.validation.losses(losses, *place, self._progress(VALIDATING))
+        return validation.losses(losses, *place, self._progress(VALIDATING))
 
     def _base_was_drawn(self) -> bool:
         """Whether the base's previews are there, drawn as all further ones will be."""

@@ -139,12 +139,17 @@ class Plan:
         }
 
     def validation(self) -> dict[str, Any]:
-        """What the validation loss is measured on; nothing where it is not measured."""
+        """What the validation loss is measured on, or what is scored; nothing where neither is."""
         settings = self.config.validation
         if not settings.every:
             return {}
+        if settings.by == "scores":
+            asked = {"by": settings.by, "every": settings.every, "patience": settings.patience}
+            told = "style gained, prompt kept and copying"
+            return asked | {"pictures": settings.draws, "held_out": [], "told": told}
         sides = 2 if self.held_out else 1
         return {
+            "by": settings.by,
             "held_out": [example.name for example in self.held_out],
             "every": settings.every,
             "predictions": sides * settings.draws * len(bands_of(self.config.objective)),

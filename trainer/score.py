@@ -18,7 +18,7 @@ Images are float tensors of shape [N, 3, H, W] with values in [-1, 1] everywhere
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,23 +30,17 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from .encoder import batches, encoder_stages, pass_through
 from .errors import UserError
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-PIXELS_AT_ONCE = 16 * 64 * 64  # that go through the VAE together, or one picture: bounds memory, changes no result
 RETRIEVED = 5  # a drawn picture counts as its concept if the true one is among so many nearest
 INVERSE_REGULARISATION = 1.0  # scikit-learn's C: a unit Gaussian prior on the standardised weights
 
 
-# --- pictures through the VAE -------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def pass_through(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Encode (the posterior's mean, so nothing is random) and decode: [N, 3, H, W] in, the same shape out."""
-    return torch.cat([_reconstruct(vae, batch) for batch in batches(vae, images)])
+# --- statistics of the encoder ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -56,30 +50,6 @@ def vae_features(vae: AutoencoderKL, images: Tensor) -> Tensor:
     F is twice the sum of the blocks' widths. The blocks are the down blocks and the middle one.
     """
     return torch.cat([_block_statistics(vae, batch) for batch in batches(vae, images)])
-
-
-@torch.no_grad()
-def encoder_stages(vae: AutoencoderKL, batch: Tensor) -> Iterator[Tensor]:
-    """What the encoder makes of a batch after each of its blocks, the down blocks and the middle one.
-
-    Each is (N, channels, height, width) in fp32; the first are large, so take what is needed of one before the next.
-    """
-    hidden = vae.encoder.conv_in(batch)
-    for block in [*vae.encoder.down_blocks, vae.encoder.mid_block]:
-        hidden = block(hidden)
-        yield hidden.float()
-
-
-def batches(vae: AutoencoderKL, images: Tensor) -> list[Tensor]:
-    """The images (N, 3, H, W), N > 0, in parts that go through the VAE together, as it takes them."""
-    at_once = max(1, PIXELS_AT_ONCE // images[0, 0].numel())
-    return [batch.to(vae.device, vae.dtype) for batch in images.split(at_once)]
-
-
-def _reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    latents = vae.encode(images, return_dict=False)[0].mode()
-    decoded = vae.decode(latents, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
-    return decoded.float().clamp(-1, 1).cpu()
 
 
 def _block_statistics(vae: AutoencoderKL, images: Tensor) -> Tensor:

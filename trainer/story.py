@@ -22,6 +22,7 @@ from .events import (
     PlanMade,
     Record,
     Sampled,
+    Scored,
     Step,
     Stopped,
     Validated,
@@ -30,10 +31,12 @@ from .events import (
 )
 from .steps import Steps
 
-Placed = TypeVar("Placed", Sampled, Validated, Checkpointed)
+Placed = TypeVar("Placed", Sampled, Validated, Scored, Checkpointed)
+Measured = TypeVar("Measured", Validated, Scored)
 
 DRAWING, SAVING, EXPORTING = "drawing previews", "saving", "exporting and verifying"
 VALIDATING = "measuring the validation loss"
+SCORING = "drawing and scoring pictures"
 """The phases that come between steps, and after the last one."""
 _SMOOTHING = 0.95
 _STEPS_OF_A_PACE = 50
@@ -55,8 +58,8 @@ class CurvePoint:
 class Story:
     """A run as it stands: of what a kill undid and a resume did again, the last that was done.
 
-    A step that comes again takes the place of every step, preview, validation and checkpoint from it on; one of these
-    that comes again, that of the earlier one.
+    A step that comes again takes the place of every step, preview, validation, score and checkpoint from it on; one of
+    these that comes again, that of the earlier one.
     """
 
     def __init__(self, events: Path) -> None:
@@ -68,6 +71,7 @@ class Story:
         self.steps = Steps()
         self.samples: list[Sampled] = []
         self.validations: list[Validated] = []
+        self.scores: list[Scored] = []
         self.checkpoints: list[Checkpointed] = []
         """All in the order of their steps."""
         self.warnings: list[str] = []
@@ -75,6 +79,8 @@ class Story:
         """How long a preview took, in each round of them that was drawn."""
         self.prediction_seconds = array("d")
         """How long a prediction of a validation took, in each of them."""
+        self.scored_seconds = array("d")
+        """How long a picture took that was drawn and scored, each time but the first, when others are drawn as well."""
         self.plan: PlanMade | None = None
         self.phase: Phase | None = None
         """What goes on now besides steps."""
@@ -146,6 +152,11 @@ class Story:
                     self.prediction_seconds.append(max(0.0, record.time - self._phase_began) / event.predictions)
                 _put(event, self.validations)
                 self._end_phase(record.time)
+            case Scored():
+                if self.phase and self.phase.name == SCORING and event.pictures and self.scores:
+                    self.scored_seconds.append(max(0.0, record.time - self._phase_began) / event.pictures)
+                _put(event, self.scores)
+                self._end_phase(record.time)
             case Checkpointed():
                 _put(event, self.checkpoints)
                 self._end_phase(record.time)
@@ -163,7 +174,7 @@ class Story:
     def _take_step(self, event: Step, now: float) -> None:
         if self.steps and event.step <= self.step:
             self.steps.drop_from(event.step)
-            for others in (self.samples, self.validations, self.checkpoints):
+            for others in (self.samples, self.validations, self.scores, self.checkpoints):
                 del others[_place(event.step, others) :]
         before = event.loss if self.loss is None or math.isnan(self.loss) else self.loss
         smoothed = _SMOOTHING * before + (1 - _SMOOTHING) * event.loss
@@ -213,10 +224,12 @@ class Story:
         drawn = self.samples[-1].step if self.samples else -1
         saved = self.checkpoints[-1].step if self.checkpoints else -1
         measured = self.validations[-1].step if self.validations else -1
+        scored = self.scores[-1].step if self.scores else -1
         every = self.plan.every
         to_come = {
             DRAWING: self._times_to_come(every["sample"], drawn) if every.get("sample") else 0,
             VALIDATING: self._times_to_come(every["validation"], measured) if every.get("validation") else 0,
+            SCORING: self._times_to_come(every["scores"], scored) if every.get("scores") else 0,
             SAVING: self._times_to_come(every.get("save", 0), saved),
         }
         between = sum(times * self._took.get(phase, 0.0) for phase, times in to_come.items())
@@ -237,12 +250,12 @@ class Story:
             return [CurvePoint(steps.step[i], steps.loss[i], steps.smoothed[i], steps.rates(i)) for i in shown]
 
 
-def comparable(validations: Sequence[Validated]) -> list[Validated]:
+def comparable(measured: Sequence[Measured]) -> list[Measured]:
     """Those that measured the same as the newest."""
-    return [measured for measured in validations if measured.of == validations[-1].of]
+    return [one for one in measured if one.of == measured[-1].of]
 
 
-def _place(step: int, others: Sequence[Sampled | Validated | Checkpointed]) -> int:
+def _place(step: int, others: Sequence[Sampled | Validated | Scored | Checkpointed]) -> int:
     """Where a step stands, or would stand."""
     return bisect_left(others, step, key=attrgetter("step"))
 

@@ -61,7 +61,8 @@ class Validation:
     @classmethod
     def of(cls, plan: Plan, latents: LatentCache, scaling_factor: float, total: int) -> Validation | None:
         """That of a run; None if it has none."""
-        return cls(plan, latents, scaling_factor, total) if plan.config.validation.every else None
+        settings = plan.config.validation
+        return cls(plan, latents, scaling_factor, total) if settings.every and settings.by == "loss" else None
 
     def losses(self, losses: Losses, process: int, processes: int, progress: Callable[[int, int], None]) -> Tensor:
         """The losses that one of several processes measures, (sides, draws, bands), 0 where another one does. Where the

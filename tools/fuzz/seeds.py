@@ -9,6 +9,7 @@ import shutil
 import struct
 import zipfile
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors.torch import save
 
 from lorasmith.datasets.images import EXIF_ORIENTATION
 from lorasmith.trainer.bases import POCKET
+from lorasmith.trainer.choosing.leaks import Captions, LeakPicture, Leaks, Uninvited, Unnamed
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.configfile import to_toml
 from lorasmith.trainer.singlefile import COMPONENTS
@@ -367,6 +369,16 @@ def of_events(folder: Path) -> Seeds:
         {"type": "sample", "step": 1, "folder": "samples/step-000001", "prompts": ["a cat"]},
         {"type": "validation", "step": 1, "bands": ["0-999"], "validation": [0.5], "train": [0.4], "held_out": 2}
         | {"predictions": 4, "of": "ae0f", "best": 1},
+        {
+            "type": "scores",
+            "step": 1,
+            "style": 0.5,
+            "prompt": 0.9,
+            "copying": -0.1,
+            "pictures": 4,
+            "of": "ae",
+            "best": 1,
+        },
         {"type": "checkpoint", "step": 1, "folder": "checkpoints/step-000001"},
         {**step, "step": 2, "loss": None},
         {"type": "warning", "message": "look"},
@@ -381,6 +393,39 @@ def of_events(folder: Path) -> Seeds:
 def of_chosen(folder: Path) -> Seeds:
     del folder
     return _json({"step": 2, "strength": 0.8})
+
+
+def of_ratings(folder: Path) -> Seeds:
+    del folder
+    lines = [
+        {"better": "samples/step-000002/00.png", "worse": "samples/step-000001/00.png", "prompt": "a cat"},
+        {"picture": "compare/1f2e.png", "up": True},
+        {"neither": ["samples/step-000002/01.png", "samples/step-000001/01.png"], "prompt": "a dog"},
+        {"undo": True},
+    ]
+    return {"each": "".join(json.dumps(line) + "\n" for line in lines).encode(), "torn": b'{"picture": "a.png", "up'}
+
+
+def of_leaks(folder: Path) -> Seeds:
+    del folder
+    found = Leaks(
+        step=2,
+        strength=1.0,
+        trigger="trg",
+        seed=1,
+        without=0.5,
+        with_trigger=0.8,
+        word=0.1,
+        leak=0.6,
+        error=0.1,
+        sentence="It leaks.",
+        pictures=(LeakPicture("a cat", "trg, a cat", 0.5, 0.8, 0.1, "0.png"),),
+        uninvited=(Uninvited("hat", 3, 4.5),),
+        words=9,
+        captions=Captions(("emoji",), ("1.png",), (Unnamed(("0.png", "2.png"), ("a", "b")),)),
+        images=8,
+    )
+    return _json(asdict(found)) | {"nothing": json.dumps(asdict(replace(found, leak=None, error=None))).encode()}
 
 
 def of_owner(folder: Path) -> Seeds:

@@ -37,7 +37,9 @@ from lorasmith.trainer.loraread import read_lora
 from lorasmith.trainer.models import Base, saved_tokenizer
 from lorasmith.trainer.painting.easel import Easel
 from lorasmith.trainer.painting.orders import read_order, saved_base
+from lorasmith.trainer.preferences.ratings import Ratings
 from lorasmith.trainer.queue import Queue
+from lorasmith.trainer.report.page import report_of
 from lorasmith.trainer.singlefile import read_single_file, read_vae_file
 from lorasmith.trainer.verify import plain_size
 from lorasmith.trainer.waiting import read_waiting
@@ -231,11 +233,23 @@ def _run(path: Path) -> None:
         settings_of(run, run.read_config())
 
 
+def _reported(path: Path) -> None:
+    """The page that tells all of a run, whatever one of its files holds."""
+    run = RunFolder(next(folder for folder in path.parents if folder.parent.name == "runs"))
+    with _refused_in_words():
+        report_of(run).encode()
+    with _refused_in_words():
+        for rating in Ratings.of(run).standing():
+            json.dumps(rating.model_dump(), allow_nan=False).encode()
+
+
 _TICKET = f"{1:020d}-{0:08x}"
 _RUN = "runs/r/"
 _OF_A_RUN: dict[str, str] = {
     "events": _RUN + "events.jsonl",
     "chosen": _RUN + "chosen.json",
+    "ratings": _RUN + "ratings/ratings.jsonl",
+    "leaks": _RUN + "compare/leaks-0.json",
     "owner": _RUN + "trainer.json",
     "state": _RUN + "checkpoints/step-000002/state.json",
     "choices": _RUN + "compare/order.json",
@@ -282,6 +296,14 @@ TARGETS = {
         *(
             Target(name, place, _run, getattr(seeds, f"of_{name.replace(' ', '_')}"), seeds.runs)
             for name, place in _OF_A_RUN.items()
+        ),
+        *(
+            Target(f"{name} in a report", _OF_A_RUN[name], _reported, seeds_of, seeds.runs)
+            for name, seeds_of in (
+                ("events", seeds.of_events),
+                ("leaks", seeds.of_leaks),
+                ("ratings", seeds.of_ratings),
+            )
         ),
     )
 }

@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from lorasmith.trainer.bases import inspect_base
-from lorasmith.trainer.demo import to_tensor
+from lorasmith.trainer.encoder import pass_through, to_tensor
 from lorasmith.trainer.example import EXAMPLES
 from lorasmith.trainer.files import atomic_file, write_text
 from lorasmith.trainer.models import Base, load_base
 from lorasmith.trainer.sample import Drawing, contact_sheet, draw
-from lorasmith.trainer.score import colour_layout, pass_through, recall_at, retrieval_ranks
+from lorasmith.trainer.score import colour_layout, recall_at, retrieval_ranks
 
 from .sources import Sources
 from .vae import latents_of

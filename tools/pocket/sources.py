@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from lorasmith.trainer.demo import to_tensor
+from lorasmith.trainer.encoder import to_tensor
 from lorasmith.trainer.files import atomic_file
 
 SIDE = 64

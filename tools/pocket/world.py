@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from lorasmith.trainer.bases import POCKET
-from lorasmith.trainer.demo import to_tensor
+from lorasmith.trainer.encoder import to_tensor
 from lorasmith.trainer.example import EXAMPLES
 from lorasmith.trainer.score import colour_layout_distance
 

@@ -6,20 +6,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from ...datasets.workers import Progress
 from ..jobs import RunFolder
 from ..painting.orders import Cell, WallOrder
 from ..painting.studio import Studio
 from ..painting.wall import without_trigger
-from .choice import NULL_CAPTIONS, Choice, JudgedCell, JudgedPicture, Recommended, Scores
-from .content import ContentScale
+from .choice import Choice, JudgedCell, JudgedPicture, Recommended, Scores
 from .eye import Eye, quietly, side_of
 from .features import Features
 from .recommendation import recommend
-from .style import StyleScale
+from .scales import Scales, some_captions
 from .training import TrainingImages, training_images
 
 
@@ -60,9 +56,8 @@ class Case:
     def orders(self) -> tuple[WallOrder, WallOrder, WallOrder]:
         """The wall, the base's pictures of its prompts, and of training captions."""
         alone = self.order.of_the_base()
-        captions = list(dict.fromkeys(self.images.captions))
-        stride = max(1, -(-len(captions) // NULL_CAPTIONS))
-        return self.order, alone, replace(alone, prompts=tuple(captions[::stride]), seeds=self.order.seeds[:1])
+        captions = some_captions(self.images.captions)
+        return self.order, alone, replace(alone, prompts=captions, seeds=self.order.seeds[:1])
 
     @property
     def is_leak(self) -> bool:
@@ -102,8 +97,7 @@ class Judge:
     eye: Eye
     base: Features
     """Of the wall's prompts, seed by seed within each."""
-    style: StyleScale
-    content: ContentScale
+    scales: Scales
     base_pictures: int
 
     @classmethod
@@ -112,15 +106,13 @@ class Judge:
         pictures = list(alone.files().values())
         base, others = eye.drawn(pictures), eye.drawn(list(captioned.files().values()))
         training = eye.true(case.images, side_of(pictures[0]))
-        everything = Features.joined([base, others])
         asked = [cell.prompt for one in (alone, captioned) for cell in one.cells()]
-        own = torch.tensor([[caption == prompt for caption in case.images.captions] for prompt in asked])
-        style, content = StyleScale.fit(base, training), ContentScale.fit(everything, training, own)
-        return cls(case, eye, base, style, content, len(everything))
+        scales = Scales.fit(base, others, training, asked, case.images.captions)
+        return cls(case, eye, base, scales, len(asked))
 
     def choice(self) -> Choice:
         cells, images = tuple(self._cells()), self.case.images
-        verdict = recommend(cells, self.style.is_known, self.case.is_leak)
+        verdict = recommend(cells, self.scales.style.is_known, self.case.is_leak)
         best = verdict.cell
         return Choice(
             cells=cells,
@@ -145,7 +137,6 @@ class Judge:
     def judged(self, files: Mapping[Cell, Path], base: Features) -> tuple[JudgedPicture, ...]:
         """Pictures, in the order of the base's own of the same prompts and seeds."""
         drawn = self.eye.drawn(list(files.values()))
-        scores = (self.style.gained(drawn, base), self.content.kept(drawn, base), self.content.copying(drawn))
-        nearest = [self.case.images.examples[row].name for row in self.content.nearest(drawn)]
-        told = zip(files, nearest, *map(Tensor.tolist, scores), strict=True)
-        return tuple(JudgedPicture(cell.prompt, cell.seed, Scores(*values), name) for cell, name, *values in told)
+        nearest = [self.case.images.examples[row].name for row in self.scales.content.nearest(drawn)]
+        told = zip(files, self.scales.scores(drawn, base), nearest, strict=True)
+        return tuple(JudgedPicture(cell.prompt, cell.seed, scores, name) for cell, scores, name in told)

@@ -11,11 +11,11 @@ Style beyond 1 counts as 1: to be nearer to the training images than they are to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from .choice import JudgedCell, JudgedPicture, Scores
+from .choice import JudgedCell, Scores
 
 LIMIT = 0.5
 """Of the copying score. The mean of four pictures that copy nothing is above it in 1 % of cases."""
@@ -36,7 +36,7 @@ class Judged(Protocol):
     def scores(self) -> Scores: ...
 
     @property
-    def pictures(self) -> tuple[JudgedPicture, ...]: ...
+    def pictures(self) -> Sized: ...
 
 
 AnyJudged = TypeVar("AnyJudged", bound=Judged)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...datasets.dataset import Example, load_examples
 from ...datasets.images import read_rgb
 from ..config import RunConfig
-from ..demo import to_tensor
+from ..encoder import to_tensor
 from ..errors import DataError, UserError
 from ..heldout import hold_out
 from ..jobs import RunFolder
@@ -58,6 +58,11 @@ def training_images(run: RunFolder) -> TrainingImages:
         fix = "Put them back, or draw the wall without scores (in a command: --no-scores)."
         raise UserError(what, error.problems[0].where or str(run.path), fix) from error
     trained, _ = hold_out(found, config.validation)
+    return some_images(trained)
+
+
+def some_images(trained: list[Example]) -> TrainingImages:
+    """Of those that a run is trained on."""
     distinct = list({example.item.sha256: example for example in style_of(trained)}.values())
     stride = max(1, -(-len(distinct) // MOST))
     return TrainingImages(tuple(distinct[::stride]), len(distinct))

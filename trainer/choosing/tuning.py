@@ -181,7 +181,7 @@ class Tuning:
         task, start = self.task, self.task.start
         self._case.draw(self._studio, self._one_more)
         self._judge = self._case.judge(self._studio)
-        if not self._judge.style.is_known:
+        if not self._judge.scales.style.is_known:
             what = "the base's own pictures are as near to the training images as these are to each other"
             raise RunError(what, str(task.run.path), "No gain of style can be told: choose strengths by eye.")
         self._whole = self.mixer.sizes(start.steps)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ..events import Validated
+from ..events import Scored, Validated
 from ..story import CurvePoint, comparable
 
 _TICKS = 5
@@ -33,6 +33,12 @@ def losses(points: Sequence[CurvePoint], validations: Sequence[Validated] = ()) 
     if same := comparable(validations):
         lines.append(Line("validation", tuple((measured.step, measured.loss) for measured in same), "second"))
     return lines
+
+
+def scores_by_step(scores: Sequence[Scored]) -> list[Line]:
+    """Style gained, prompt kept and copying."""
+    each = (("style", "first"), ("prompt", "second"), ("copying", "third"))
+    return [Line(name, tuple((one.step, getattr(one, name)) for one in scores), kind) for name, kind in each]
 
 
 def rates(points: Sequence[CurvePoint]) -> list[Line]:

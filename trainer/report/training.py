@@ -8,10 +8,12 @@ from datetime import datetime
 from PIL import Image
 
 from ...datasets.images import DECODING_ERRORS, formats_here
+from ..console import scores_sentence
 from ..events import Failed, Sampled
 from ..sharing.pictures import data_uri
 from ..status import duration
-from .curves import chart, loss_sentence, losses, rates, rates_sentence
+from ..story import comparable
+from .curves import chart, loss_sentence, losses, rates, rates_sentence, scores_by_step
 from .facts import RunFacts
 from .words import missing, pairs, paragraph, section, table
 
@@ -65,6 +67,9 @@ def _curves(facts: RunFacts) -> Iterator[str]:
         return
     told, rated = say(loss_sentence(points)), say(rates_sentence(points))
     yield chart(losses(points, facts.story.validations), told, "Loss of each step, and smoothed") + paragraph(told)
+    if scores := comparable(facts.story.scores):
+        scored = say(f"Scores of {scores[-1].pictures} pictures each time: {scores_sentence(scores[-1])}.")
+        yield chart(scores_by_step(scores), scored, "Style, prompt and copying of pictures") + paragraph(scored)
     named = [line.named(say(line.name)) for line in rates(points)]
     yield chart(named, rated, "Learning rate of each part") + paragraph(rated)
 

@@ -95,9 +95,14 @@ class Foreseen:
     def validation(self) -> str:
         """Of the loss that is measured with the same images and noise each time."""
         facts = self.planned.facts["validation"]
-        told = f"The validation loss is measured each {facts['every']:,} steps: {facts['told']}."
+        if by_scores := facts["by"] == "scores":
+            pictures, every = f"{facts['pictures']:,}", f"{facts['every']:,}"
+            told = f"Each {every} steps {pictures} pictures are drawn and scored: {facts['told']}."
+        else:
+            told = f"The validation loss is measured each {facts['every']:,} steps: {facts['told']}."
         if facts["patience"]:
-            told += f" The run ends early if it was not lower {facts['patience']:,} times in a row."
+            what = "they were not better" if by_scores else "it was not lower"
+            told += f" The run ends early if {what} {facts['patience']:,} times in a row."
         return told
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from ...trainer.events import Validated
+from ...trainer.events import Scored, Validated
 from ...trainer.jobs import RunFolder
 from ...trainer.queue import go_on
 from ...trainer.report.curves import loss_sentence, rates_sentence
@@ -110,6 +110,8 @@ def running_panel(context: Context) -> Panel:
 _COLOURS = {"each step": "#94a3b8", "smoothed": "#6366f1", "validation": "#d97706"}
 _MOST_VALIDATIONS = 250
 """Points of the validation's curve, of which a run of days has thousands."""
+_MOST_SCORES = 12
+"""Rows of the table of scores."""
 
 
 def _plot(title: str, y: str, color: str, height: int) -> gr.LinePlot:
@@ -236,6 +238,7 @@ def pulse(context: Context, name: str | None) -> tuple[Any, ...]:
         status.saved_step,
         len(story.samples),
         len(story.validations),
+        len(story.scores),
         len(story.warnings),
         moment,
     )
@@ -364,7 +367,7 @@ def _curves(run: RunFolder, story: Story) -> View:
         now = (run.name, len(story.steps), story.step)
         shown |= {"loss": (now, losses(points, story.validations)), "rates": (now, rates(points))}
         shown |= {"loss text": _html(f"<p>{esc(loss_sentence(points))}</p>")}
-        shown |= {"validation": _html(validation_told(story.validations))}
+        shown |= {"validation": _html(validation_told(story.validations) + scores_told(story.scores))}
         shown |= {"rates text": _html(f"<p>{esc(rates_sentence(points))}</p>")}
     return shown
 
@@ -400,6 +403,22 @@ def validation_told(validations: Sequence[Validated]) -> str:
     told = f"The validation loss, of {images} held out, {went}. Where the gap grows, images are learned by heart."
     head = ["Time-steps", "Trained", "Held out", "Gap", f"Gap at step {first.step:,}"]
     return f"<p>{esc(told)}</p>" + table(head, rows, caption=f"Gap at step {last.step:,}, by band of time-steps")
+
+
+def scores_told(scores: Sequence[Scored]) -> str:
+    """The scores of pictures that were drawn on the way, and which step has the best."""
+    if not scores:
+        return ""
+    same = comparable(scores)
+    best = f" The best so far are those of step {same[-1].best:,}." if same[-1].best else ""
+    apart = -(-len(same) // _MOST_SCORES)
+    rows = [
+        [f"{one.step:,}", f"{one.style:z.2f}", f"{one.prompt:z.2f}", f"{one.copying:z.2f}"]
+        for one in reversed(same[::-apart])
+    ]
+    told = f"Scores of {same[-1].pictures:,} pictures of the same prompts and noise each time.{best}"
+    caption = "Style gained, prompt kept and copying, by step"
+    return f"<p>{esc(told)}</p>" + table(["Step", "Style", "Prompt", "Copying"], rows, caption=caption)
 
 
 def rates(points: list[CurvePoint]) -> pd.DataFrame:
