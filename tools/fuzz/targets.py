@@ -231,6 +231,8 @@ def _run(path: Path) -> None:
         saved_base(run, 2)
     with _refused_in_words():
         settings_of(run, run.read_config())
+    with _refused_in_words():
+        Ratings.of(run).standing()
 
 
 def _reported(path: Path) -> None:
@@ -238,9 +240,6 @@ def _reported(path: Path) -> None:
     run = RunFolder(next(folder for folder in path.parents if folder.parent.name == "runs"))
     with _refused_in_words():
         report_of(run).encode()
-    with _refused_in_words():
-        for rating in Ratings.of(run).standing():
-            json.dumps(rating.model_dump(), allow_nan=False).encode()
 
 
 _TICKET = f"{1:020d}-{0:08x}"
@@ -299,11 +298,7 @@ TARGETS = {
         ),
         *(
             Target(f"{name} in a report", _OF_A_RUN[name], _reported, seeds_of, seeds.runs)
-            for name, seeds_of in (
-                ("events", seeds.of_events),
-                ("leaks", seeds.of_leaks),
-                ("ratings", seeds.of_ratings),
-            )
+            for name, seeds_of in (("events", seeds.of_events), ("leaks", seeds.of_leaks))
         ),
     )
 }
