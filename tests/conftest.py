@@ -68,7 +68,7 @@ _ELABORATE = {
     ),
     "test_ui_images": ("first_visit", "dropped_on_the_page", "two_tabs", "a_phone_shows_all"),
     "test_ui_shell": ("only_the_page_that_is_shown",),
-    "test_ui_train": ("a_second_run_waits_in_the_queue", "recipe_follows", "without_a_run_the_example"),
+    "test_ui_train": ("recipe_follows", "without_a_run_the_example"),
     "test_painting": ("an_idle_painter_ends_and_the_next_order",),
     "test_requests": ("several_processes_answer_as_one", "change_nothing[averages]", "change_nothing[dropout]"),
     "test_cli": ("previews_can_be_switched_off_at_resume", "set_goes_before_the_file"),
