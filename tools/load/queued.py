@@ -32,7 +32,7 @@ def queued_runs(folder: Path) -> Iterator[Measured]:
     yield Measured(f"{RUNS} runs in the queue: out of their turn", turned, 0, "runs")
     kept = max(len(run.saved_steps()) for run in runs)
     yield Measured(f"checkpoints of a run that saved {_STEPS} and keeps {KEEP}", kept, KEEP, "folders")
-    work = [file for run in runs for file in run.path.rglob("*") if file.name.startswith(".") or ".tmp" in file.name]
+    work = [file for run in runs for file in run.path.rglob("*") if file.suffix == ".tmp" or ".unverified" in file.name]
     yield Measured("files of unfinished work that were left", len(work), 0, "files")
 
 
