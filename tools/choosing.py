@@ -4,7 +4,8 @@ For each style and seed a run is trained on the pocket base, its wall is scored 
 held-out concepts are drawn twice: by the recommended cell, and by the last checkpoint at strength 1. What they should
 have looked like is known, and the scores never saw it. Some minutes a run on two free cores.
 
-Two styles: the example's, drawings by another hand in blue ink; and chalk on a board, made of the base's own pictures.
+Two styles: the example's, drawings by another hand in blue ink; and prints in four colours of an evening, made of the
+base's own pictures.
 With `--overfit` a run sees 4 images over and over, and must be called overfitted. With `--tune` strengths by block are
 searched from the recommended cell, as `lorasmith tune-strength` does, and what looked best is measured as well.
 """
@@ -51,10 +52,11 @@ from lorasmith.trainer.sample import Drawing, draw
 from lorasmith.trainer.score import StyleMeasure, colour_layout_distance
 from lorasmith.trainer.soups import interpolate_run
 
-CHALK = "chalk"
-STYLES = (STYLE, CHALK)
-_BOARD, _CHALK = (34, 54, 48), (245, 240, 215)
-_CHALK_IMAGES = 32
+PRINT = "print"
+STYLES = (STYLE, PRINT)
+_INKS = ((48, 24, 84), (196, 58, 92), (250, 148, 74), (255, 238, 200))
+"""From dark to light."""
+_PRINTS = 32
 FEW = 4
 """Images of a run that is overfitted on purpose."""
 FEW_SEEN = 5000
@@ -132,7 +134,7 @@ def main(
 
 def run_config(style: str, seed: int, images: int, folder: Path) -> RunConfig:
     """As the demo trains, with another seed."""
-    data = EXAMPLES / STYLE if style == STYLE else chalk_images(folder / "images" / CHALK)
+    data = EXAMPLES / STYLE if style == STYLE else print_images(folder / "images" / PRINT)
     example = example_config(folder)
     over = {
         "name": f"{style}-{images}-{seed}",
@@ -275,28 +277,25 @@ def base_pictures(files: Sequence[str]) -> list[Image.Image]:
 
 def target_pictures(style: str, files: Sequence[str]) -> list[Image.Image]:
     """What the same concepts look like in a style."""
-    if style == CHALK:
-        return [chalked(picture) for picture in base_pictures(files)]
+    if style == PRINT:
+        return [printed(picture) for picture in base_pictures(files)]
     return [Image.open(EXAMPLES / "measure/target" / file).convert("RGB") for file in files]
 
 
-def chalked(picture: Image.Image) -> Image.Image:
-    """Chalk on a dark board: what was dark or has an edge is light, what was white is the board."""
-    light = np.asarray(picture.convert("L"), dtype=np.float32) / 255
-    rows, columns = np.gradient(light)
-    chalk = np.clip(0.45 * (1 - light) + 2.5 * np.hypot(rows, columns), 0, 1)[..., None]
-    colours = (1 - chalk) * np.array(_BOARD) + chalk * np.array(_CHALK)
-    return Image.fromarray(colours.round().astype(np.uint8))
+def printed(picture: Image.Image) -> Image.Image:
+    """A print in four inks, one for each quarter of the lightness."""
+    light = np.asarray(picture.convert("L"))
+    return Image.fromarray(np.array(_INKS, dtype=np.uint8)[light // 64])
 
 
-def chalk_images(folder: Path) -> Path:
+def print_images(folder: Path) -> Path:
     """The training set: concepts that are not held out, evenly spread over all."""
     held_out = dict(read_held_out()).values()
     captions = {Path(file).stem: prompt for prompt, file in json.loads((POCKET / "concepts.json").read_text("utf-8"))}
     files = [file.name for file in sorted(_base_folder().glob("*.webp")) if file.name not in held_out]
-    chosen = files[:: len(files) // _CHALK_IMAGES][:_CHALK_IMAGES]
+    chosen = files[:: len(files) // _PRINTS][:_PRINTS]
     folder.mkdir(parents=True, exist_ok=True)
-    for file, picture in zip(chosen, target_pictures(CHALK, chosen), strict=True):
+    for file, picture in zip(chosen, target_pictures(PRINT, chosen), strict=True):
         picture.save(folder / f"{Path(file).stem}.png")
         write_text(folder / f"{Path(file).stem}.txt", captions[Path(file).stem] + "\n")
     return folder
