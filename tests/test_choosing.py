@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from lorasmith.datasets.folder import scan
 from lorasmith.trainer.bases import POCKET
 from lorasmith.trainer.choosing.choice import (
+    CAPTIONS,
     Choice,
     JudgedCell,
     JudgedPicture,
@@ -27,8 +29,9 @@ from lorasmith.trainer.choosing.choice import (
 )
 from lorasmith.trainer.choosing.content import ContentScale
 from lorasmith.trainer.choosing.features import Features, features_of_true, gram, self_similarity
+from lorasmith.trainer.choosing.likeness import LikenessScale
 from lorasmith.trainer.choosing.page import notes_of, page_of
-from lorasmith.trainer.choosing.recommendation import LIMIT, recommend
+from lorasmith.trainer.choosing.recommendation import LIMIT, contenders, recommend
 from lorasmith.trainer.choosing.style import StyleScale
 from lorasmith.trainer.choosing.training import training_images
 from lorasmith.trainer.demo import _true, read_held_out
@@ -216,6 +219,56 @@ def test_nothing_is_recommended_where_everything_copies_or_there_is_no_style_to_
     assert "no gain can be told" in known.reason
 
 
+def looked_at(step: int, strength: float, style: float, *likeness: float) -> JudgedCell:
+    return replace(cell(step, strength, style, 0.6), likeness=likeness)
+
+
+def test_of_cells_that_have_learned_as_well_the_one_with_most_style_on_other_prompts_is_recommended():
+    early = looked_at(2, 1, 0.95, 0.5, 0.6, 0.5, 0.6)  # a style that shows, and is not the one that was trained
+    cells = [early, looked_at(4, 1, 0.7, 0.88, 0.92, 0.9, 0.9), looked_at(4, 1.1, 0.8, 0.87, 0.91, 0.895, 0.895)]
+    verdict = recommend(cells)
+    assert verdict.cell is cells[2]
+    assert verdict.reason == (
+        "Step 4 at strength 1.1 is recommended: its pictures of training captions come 0.89 of the way to the images "
+        "that have them, as near as any, and of 2 such cells it has 0.80 of the style on other prompts."
+    )
+    far = replace(cells[2], likeness=(0.78, 0.82, 0.8, 0.8))
+    assert recommend([*cells[:2], far]).cell is cells[1]
+    uncertain = replace(far, likeness=(0.5, 1.2, 0.4, 1.4))
+    assert recommend([*cells[:2], uncertain]).cell is uncertain
+
+
+def test_a_copy_is_left_out_however_near_it_comes():
+    copy = replace(cell(4, 1, 1.0, 0.6, copying=2), likeness=(1.0,) * 4)
+    assert recommend([looked_at(2, 1, 0.6, 0.5, 0.6, 0.5, 0.6), copy]).cell != copy
+
+
+def test_those_with_most_style_are_looked_at():
+    cells = [cell(step, 1, step / 10, 0.8) for step in range(1, 11)]
+    assert [one.step for one in contenders([*cells, cell(11, 1, 1.0, 0.8, 3), cell(12, 1, 1.0, 0.1)])] == [
+        *range(10, 2, -1)
+    ]
+
+
+def test_likeness_is_0_of_the_base_and_1_of_the_images_themselves(vae: AutoencoderKL, training: Features):
+    captions = [f"thing {number}" for number in range(len(training))]
+    base = training[[*range(1, len(training)), 0]]  # of other things
+    scale = LikenessScale.fit(base, captions, training, captions)
+    assert scale is not None
+    assert len(scale.captions) <= CAPTIONS
+    rows = [captions.index(caption) for caption in scale.captions]
+    assert fmean(scale.reached(base[rows])) == pytest.approx(0, abs=1e-5)
+    assert scale.reached(training[rows]) == pytest.approx([1] * len(rows))
+
+
+def test_captions_of_several_images_or_without_a_word_tell_no_likeness(training: Features):
+    some = training[range(6)]
+    assert LikenessScale.fit(some, ["", "a", "b", "c"], some, ["", "a", "b", "c", "a", "d"]) is None
+    scale = LikenessScale.fit(some, ["", "a", "b", "c", "d", "e"], some, ["", "a", "b", "c", "d", "e"])
+    assert scale is not None
+    assert scale.captions == ("a", "b", "c", "d", "e")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the command, and what it writes
 
@@ -322,7 +375,7 @@ def test_a_run_on_four_images_is_called_overfitted_and_less_of_it_is_recommended
 
     choice = judged(trained(overfitted_config(tmp_path)))
     first, last = choice.cells[0].step, choice.cells[-1].step
-    early, late = choice.cell(first, 0.4).scores, choice.cell(last, 1.0).scores
+    early, late = choice.cell(first, 0.5).scores, choice.cell(last, 1.0).scores
     assert choice.is_overfitted
     assert late.copying > LIMIT > early.copying
     assert late.prompt < early.prompt

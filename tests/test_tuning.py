@@ -171,7 +171,7 @@ def test_better_is_what_the_rule_prefers_by_more_than_it_takes_for_equal():
     assert is_clearly_better(tried(Strengths(1.0), 0.65, 0.66), one)
     assert is_clearly_better(tried(Strengths(1.0), 0.85, 0.5), one)
     assert not is_clearly_better(tried(Strengths(1.0), 0.5, 0.9), one)
-    assert not is_clearly_better(tried(Strengths(1.0), 0.9, 0.2), one)  # its prompts are lost
+    assert not is_clearly_better(tried(Strengths(1.0), 0.9, 0.1), one)  # its prompts are lost
     assert is_clearly_better(one, tried(Strengths(1.0), 1.0, 0.6, 0.8))
     assert not is_clearly_better(tried(Strengths(1.0), 1.0, 0.6, 0.8), one)
 

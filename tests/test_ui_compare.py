@@ -21,6 +21,7 @@ from lorasmith.trainer.choosing.choice import (
     Recommended,
     Scores,
     choice_file,
+    most_of_captions,
     read_choice,
     write_choice,
 )
@@ -86,7 +87,7 @@ def test_what_is_no_strength_is_told_with_its_place(text: str, problem: str):
 
 def test_a_wall_begins_as_the_previews_were_drawn(run: RunFolder):
     sample, choices = config_of(run).sample, usual(run)
-    assert (choices.steps, choices.strengths) == ((2, 4), (0, 0.4, 0.7, 1, 1.2))
+    assert (choices.steps, choices.strengths) == ((2, 4), (0, 0.5, 0.8, 1, 1.1))
     assert (choices.prompt, choices.seed, choices.look.steps) == (sample.prompts[0], sample.seed, sample.steps)
 
 
@@ -161,9 +162,9 @@ def test_the_wall_is_a_table_with_names_of_rows_and_columns(run: RunFolder):
 
 
 def test_the_chosen_cell_says_so_by_word(run: RunFolder):
-    html = wall(order_of(run), run, Marks("waiting", (4, 0.7)))
+    html = wall(order_of(run), run, Marks("waiting", (4, 0.8)))
     [cell] = re.findall(r'<td class="chosen">.*?</td>', html)
-    assert "Pick step 4 at 0.7" in cell
+    assert "Pick step 4 at 0.8" in cell
     assert ">Chosen</button>" in cell
 
 
@@ -228,14 +229,15 @@ def test_what_scores_take_is_told_before_they_are_drawn(run: RunFolder):
     order = order_of(run)
     files, further = list(order.files().values()), further_files(order)
     assert (len(files), len(further)) == (9, 9)
-    assert summary_of(files, 10, further) == (
-        "<p>9 pictures to draw; for the scores 9 pictures and up to 24 of the base alone: at most about 7 min.</p>"
+    most = most_of_captions(order.judged())
+    assert summary_of(files, 10, further, most) == (
+        "<p>9 pictures to draw; for the scores 9 pictures and up to 120 of training captions: at most about 23 min.</p>"
     )
     for file in (*files, *further):
         file.parent.mkdir(exist_ok=True)
         file.touch()
     there = "All 9 pictures of this wall are there"
-    assert summary_of(files, None, further) == f"<p>{there}; for the scores up to 24 of the base alone.</p>"
+    assert summary_of(files, None, further, most) == f"<p>{there}; for the scores up to 120 of training captions.</p>"
     assert summary_of(files, None) == f"<p>{there}.</p>"
     alone = order_of(run, strengths=(1.0,))
     assert len(further_files(alone)) == 2 + 2  # the base is not on that wall, and is needed
@@ -263,16 +265,16 @@ def test_two_sides_are_the_base_and_the_last_until_others_are_picked(run: RunFol
     left, right, titles = sides_of(spots, None, None)
     assert (left.title, right.title) == ("the base alone", "step 4 at 1")
     assert len(titles) == 1 + 2 * 4
-    left, right, _ = sides_of(spots, "2:0.7", "9:9")
-    assert (left.title, right.title) == ("step 2 at 0.7", "step 4 at 1")
+    left, right, _ = sides_of(spots, "2:0.8", "9:9")
+    assert (left.title, right.title) == ("step 2 at 0.8", "step 4 at 1")
 
 
 def test_what_is_picked_stays_while_it_is_on_the_wall(run: RunFolder):
     order = order_of(run)
     assert pick_of(order, None, None, None) == (4, 1.0)
-    assert pick_of(order, None, None, (2, 0.7)) == (2, 0.7)
-    assert pick_of(order, 4, 0.4, (2, 0.7)) == (4, 0.4)
-    assert pick_of(order, 6, 0.5, (2, 0.7)) == (2, 0.7)
+    assert pick_of(order, None, None, (2, 0.8)) == (2, 0.8)
+    assert pick_of(order, 4, 0.5, (2, 0.8)) == (4, 0.5)
+    assert pick_of(order, 6, 0.4, (2, 0.8)) == (2, 0.8)
     assert pick_of(order_of(run, strengths=(0.0,)), None, None, None) == (4, None)
 
 
@@ -388,7 +390,7 @@ def test_a_wall_of_two_by_two_is_drawn_chosen_and_there_again(
 def test_a_wall_is_scored_and_what_is_recommended_can_be_used(trained_site: Site, page: Page, tmp_path: Path):
     open_compare(page, trained_site)
     ask_for(page, "0, 1")
-    cost = "3 pictures to draw; for the scores 3 pictures and up to 24 of the base alone"
+    cost = "3 pictures to draw; for the scores 3 pictures and up to 48 of training captions"
     expect(page.get_by_text(re.compile(cost))).to_be_visible()
     expect(page.get_by_role("button", name="Use the recommended one")).to_be_hidden()
     draw(page)

@@ -59,7 +59,7 @@ def test_by_default_a_wall_shows_five_checkpoints_over_the_run(run: RunFolder, s
 def test_a_wall_is_drawn_as_the_previews_are(run: RunFolder):
     order = wall_order(run)
     assert order == WallOrder(str(run.path), (2, 4), STRENGTHS, ("a cat",), (7,), Look(steps=3))
-    assert STRENGTHS == (0, 0.4, 0.7, 1.0, 1.2)
+    assert STRENGTHS == (0, 0.5, 0.8, 1.0, 1.1)
     given = wall_order(run, [4, 4], [1, 0.5], ["a", "b", "a"], [1, 2])
     assert (given.steps, given.strengths, given.prompts, given.seeds) == ((4,), (1.0, 0.5), ("a", "b"), (1, 2))
 

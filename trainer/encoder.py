@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -21,6 +22,11 @@ def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
     """RGB pictures of one size as (N, 3, H, W) in -1 to 1."""
     pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def colour_layout(images: Tensor, size: int = 16) -> Tensor:
+    """Which colour is where: averages over size x size equal areas, [N, 3, size, size] in 0 to 1."""
+    return adaptive_avg_pool2d((images.float() + 1) / 2, size)
 
 
 @torch.no_grad()

@@ -28,9 +28,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 
-from .encoder import batches, encoder_stages, pass_through
+from .encoder import batches, colour_layout, encoder_stages, pass_through
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -107,11 +106,6 @@ def _true_features(vae: AutoencoderKL, pictures: Tensor) -> np.ndarray:
 
 
 # --- colour layout ------------------------------------------------------------------------------------------
-
-
-def colour_layout(images: Tensor, size: int = 16) -> Tensor:
-    """Which colour is where: averages over size x size equal areas, [N, 3, size, size] in 0 to 1."""
-    return adaptive_avg_pool2d((images.float() + 1) / 2, size)
 
 
 def light_layout(images: Tensor, size: int = 16) -> Tensor:

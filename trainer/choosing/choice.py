@@ -16,6 +16,10 @@ from ..painting.orders import WallOrder
 
 NULL_CAPTIONS = 24
 """Captions that the base draws at most, besides a wall's prompts, to see what it does that copies nothing."""
+MOST_CONTENDERS = 8
+"""Cells that draw captions as well."""
+CAPTIONS = 12
+"""That each of them draws at most."""
 MEANINGS = (
     ("style", "0: the base's own pictures; 1: as near to the training images as these are to each other."),
     ("prompt", "1: what the base draws for the same prompt and noise, but for its look; 0: something else."),
@@ -70,6 +74,9 @@ class JudgedCell:
     scores: Scores
     """The mean over its pictures."""
     pictures: tuple[JudgedPicture, ...]
+    likeness: tuple[float, ...] = ()
+    """Of its pictures of some training captions, how near they come to the images that have them: 0 as the base's, 1
+    the same. Empty where that was not looked at."""
 
     @property
     def title(self) -> str:
@@ -107,6 +114,12 @@ class Choice:
 
 
 _CHOICE = TypeAdapter(Choice)
+
+
+def most_of_captions(order: WallOrder) -> int:
+    """Pictures of training captions that scores take at most, of the base and of the cells that may be the best."""
+    cells = min(MOST_CONTENDERS, len(order.steps) * sum(strength != 0 for strength in order.strengths))
+    return NULL_CAPTIONS + (cells * CAPTIONS if cells > 1 else 0)
 
 
 def choice_file(order: WallOrder) -> Path:

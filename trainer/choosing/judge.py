@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,10 +11,11 @@ from ..jobs import RunFolder
 from ..painting.orders import Cell, WallOrder
 from ..painting.studio import Studio
 from ..painting.wall import without_trigger
-from .choice import Choice, JudgedCell, JudgedPicture, Recommended, Scores
+from .choice import NULL_CAPTIONS, Choice, JudgedCell, JudgedPicture, Recommended, Scores, most_of_captions
 from .eye import Eye, quietly, side_of
 from .features import Features
-from .recommendation import recommend
+from .likeness import LikenessScale
+from .recommendation import contenders, recommend
 from .scales import Scales, some_captions
 from .training import TrainingImages, training_images
 
@@ -59,6 +60,11 @@ class Case:
         captions = some_captions(self.images.captions)
         return self.order, alone, replace(alone, prompts=captions, seeds=self.order.seeds[:1])
 
+    def of_captions(self, cell: JudgedCell, captions: tuple[str, ...]) -> WallOrder:
+        """What a cell makes of some training captions, on the noise on which the base has drawn them."""
+        seeds = self.order.seeds[:1]
+        return replace(self.order, steps=(cell.step,), strengths=(cell.strength,), prompts=captions, seeds=seeds)
+
     @property
     def is_leak(self) -> bool:
         """Whether the run has a trigger that no prompt holds."""
@@ -76,12 +82,16 @@ class Case:
         for order in self.orders:
             studio.draw(order, order.files(), drawn, after_step)
 
-    def choice(self, studio: Studio, progress: Progress | None = None) -> Choice:
-        """Score the wall, whose pictures are all there; `progress` counts those that were looked at."""
+    def choice(
+        self, studio: Studio, progress: Progress = quietly, after_step: Callable[[], None] = lambda: None
+    ) -> Choice:
+        """Score the wall, whose pictures are all there; `progress` counts those that were looked at. What the best
+        cells make of training captions is drawn meanwhile."""
         studio.prepare(self.order)
         wall, *compared = (order.cells() for order in self.orders)
         total = sum(cell.strength != 0 for cell in wall) + sum(map(len, compared)) + len(self.images.examples)
-        return Judge.of(self, Eye(studio.vae, total, progress or quietly)).choice()
+        judge = Judge.of(self, Eye(studio.vae, total + most_of_captions(self.order) - NULL_CAPTIONS, progress))
+        return judge.choice(lambda order: studio.draw(order, order.files(), after_step=after_step))
 
     def judge(self, studio: Studio) -> Judge:
         """To score other pictures of its prompts than those of the wall; the base's are all there."""
@@ -98,6 +108,8 @@ class Judge:
     base: Features
     """Of the wall's prompts, seed by seed within each."""
     scales: Scales
+    likeness: LikenessScale | None
+    """None where no captions tell."""
     base_pictures: int
 
     @classmethod
@@ -108,10 +120,14 @@ class Judge:
         training = eye.true(case.images, side_of(pictures[0]))
         asked = [cell.prompt for one in (alone, captioned) for cell in one.cells()]
         scales = Scales.fit(base, others, training, asked, case.images.captions)
-        return cls(case, eye, base, scales, len(asked))
+        likeness = LikenessScale.fit(others, captioned.prompts, training, case.images.captions)
+        return cls(case, eye, base, scales, likeness, len(asked))
 
-    def choice(self) -> Choice:
+    def choice(self, draw: Callable[[WallOrder], None]) -> Choice:
+        """`draw` draws what is missing of pictures that turn out to be needed."""
         cells, images = tuple(self._cells()), self.case.images
+        if self.scales.style.is_known and not self.case.is_leak:
+            cells = self._with_likeness(cells, draw)
         verdict = recommend(cells, self.scales.style.is_known, self.case.is_leak)
         best = verdict.cell
         return Choice(
@@ -133,6 +149,18 @@ class Judge:
                 asked = [Cell(step, strength, prompt, seed) for prompt in order.prompts for seed in order.seeds]
                 pictures = self.judged({cell: files[cell] for cell in asked}, self.base)
                 yield JudgedCell(step, strength, Scores.mean(one.scores for one in pictures), pictures)
+
+    def _with_likeness(self, cells: Sequence[JudgedCell], draw: Callable[[WallOrder], None]) -> tuple[JudgedCell, ...]:
+        """With that of those which may be the best; a single one need not be told from others."""
+        looked_at = contenders(cells)
+        if self.likeness is None or len(looked_at) < 2:
+            return tuple(cells)
+        reached: dict[str, tuple[float, ...]] = {}
+        for cell in looked_at:
+            order = self.case.of_captions(cell, self.likeness.captions)
+            draw(order)
+            reached[cell.title] = tuple(self.likeness.reached(self.eye.drawn(list(order.files().values()))))
+        return tuple(replace(cell, likeness=reached.get(cell.title, ())) for cell in cells)
 
     def judged(self, files: Mapping[Cell, Path], base: Features) -> tuple[JudgedPicture, ...]:
         """Pictures, in the order of the base's own of the same prompts and seeds."""

@@ -2,25 +2,34 @@
 
 1. A cell that copies is left out: it draws training images, not the style. That is where copying is above one half on
    the average of its pictures, as if every second were a copy; of fewer than four pictures above 1 / sqrt(pictures).
-2. A cell that has lost its prompts, which keeps less than half of what the best cell keeps, is left out as well.
-3. Of the others, those that have gained nearly the most style are equal, for the score is no finer than that.
-4. Of these, those that keep their prompts nearly best are equal as well, and the one with most style is recommended.
+2. A cell that has lost its prompts, which keeps less than a quarter of what the best cell keeps, is left out as well.
+3. Of the others, those with most style draw some training captions. The one that comes nearest to the images which have
+   these captions, and all that are as near but for noise, have learned best.
+4. Of these the one with most style is recommended: what is learned shows less on other prompts than on captions.
+
+Where no captions can be drawn, all with nearly the most style are equal, for the score is no finer than that; of these,
+all that keep their prompts nearly best are, and the one with most style is recommended.
 
 Style beyond 1 counts as 1: to be nearer to the training images than they are to each other is no further gain.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Protocol, TypeVar
 
-from .choice import JudgedCell, Scores
+from .choice import MOST_CONTENDERS, JudgedCell, Scores
 
 LIMIT = 0.5
 """Of the copying score. The mean of four pictures that copy nothing is above it in 1 % of cases."""
-LOST = 0.5
-"""Of the prompt score of the best cell."""
+LOST = 0.25
+"""Of the prompt score of the best cell. The true pictures of the example style keep 0.4 of what the base's keep, those
+of other things 0.05."""
+ABOUT_AS_NEAR = 0.01
+"""Of the likeness: less makes no difference to anyone."""
 NEARLY = 0.1
 """Of the style score: by about so much it depends on which four prompts are drawn."""
 CLEARLY = 0.05
@@ -59,11 +68,34 @@ def recommend(cells: Sequence[JudgedCell], knows_style: bool = True, is_leak: bo
         return Verdict(None, f"No cell is recommended, because {what}, so that no gain can be told.", is_overfitted)
     if is_leak:
         return Verdict(None, _leaks(cells), is_overfitted)
+    looked_at = [cell for cell in contenders(cells) if cell.likeness]
+    if looked_at:
+        learned = best_learned(looked_at)
+        best = max(learned, key=lambda cell: (_style(cell), -cell.strength, -cell.step))
+        return Verdict(best, _reason(best, _why_learned(best, learned), last, is_overfitted), is_overfitted)
     styled = with_most_style(sorted(cells, key=lambda cell: (cell.strength, cell.step)))
     if not styled:
         return Verdict(None, _all_copy(cells), is_overfitted)
     best = keeping_most(styled)
-    return Verdict(best, _reason(best, styled, last, is_overfitted), is_overfitted)
+    return Verdict(best, _reason(best, _why_kept(best, styled), last, is_overfitted), is_overfitted)
+
+
+def contenders(cells: Sequence[JudgedCell]) -> list[JudgedCell]:
+    """Those with most style that neither copy nor have lost their prompts."""
+    return sorted(_following(cells), key=_style, reverse=True)[:MOST_CONTENDERS]
+
+
+def best_learned(cells: Sequence[JudgedCell]) -> list[JudgedCell]:
+    """The one that comes nearest to the training images, and all that are as near but for the standard error of the
+    mean difference over the same captions."""
+    nearest = max(cells, key=lambda cell: fmean(cell.likeness))
+    return [cell for cell in cells if _is_about_as_near(cell, nearest)]
+
+
+def _is_about_as_near(cell: JudgedCell, nearest: JudgedCell) -> bool:
+    behind = [mine - theirs for mine, theirs in zip(nearest.likeness, cell.likeness, strict=True)]
+    error = stdev(behind) / math.sqrt(len(behind)) if len(behind) > 1 else 0.0
+    return fmean(behind) <= max(ABOUT_AS_NEAR, error)
 
 
 def best_of(judged: Sequence[AnyJudged]) -> AnyJudged | None:
@@ -74,11 +106,16 @@ def best_of(judged: Sequence[AnyJudged]) -> AnyJudged | None:
 
 def with_most_style(judged: Sequence[AnyJudged]) -> list[AnyJudged]:
     """Of those that neither copy nor have lost their prompts, all with nearly the most style; empty if all copy."""
-    original = [one for one in judged if not copies(one)]
-    enough = LOST * max((one.scores.prompt for one in original), default=0.0)
-    following = [one for one in original if one.scores.prompt >= enough]
+    following = _following(judged)
     most = max(map(_style, following), default=0.0)
     return [one for one in following if _style(one) >= most - NEARLY]
+
+
+def _following(judged: Sequence[AnyJudged]) -> list[AnyJudged]:
+    """Those that neither copy nor have lost their prompts."""
+    original = [one for one in judged if not copies(one)]
+    enough = LOST * max((one.scores.prompt for one in original), default=0.0)
+    return [one for one in original if one.scores.prompt >= enough]
 
 
 def keeping_most(styled: Sequence[AnyJudged]) -> AnyJudged:
@@ -125,14 +162,24 @@ def _all_copy(cells: Sequence[JudgedCell]) -> str:
     )
 
 
-def _reason(best: JudgedCell, styled: Sequence[JudgedCell], last: JudgedCell, is_overfitted: bool) -> str:
-    style, prompt = best.scores.style, best.scores.prompt
-    said = [f"{best.title.capitalize()} is recommended: it has gained {style:.2f} of the style"]
+def _why_learned(best: JudgedCell, learned: Sequence[JudgedCell]) -> list[str]:
+    near = f"its pictures of training captions come {fmean(best.likeness):.2f} of the way to the images that have them"
+    as_any = f"as near as any, and of {len(learned)} such cells it has" if len(learned) > 1 else "nearest of all, with"
+    return [near, f"{as_any} {best.scores.style:.2f} of the style on other prompts"]
+
+
+def _why_kept(best: JudgedCell, styled: Sequence[JudgedCell]) -> list[str]:
+    said = [f"it has gained {best.scores.style:.2f} of the style"]
     if len(styled) > 1:
         said.append(f"and of the {len(styled)} cells with about as much none keeps clearly more of its prompts")
     else:
         said.append("more than any other that neither copies nor loses its prompts, and keeps them")
-    said[-1] += f" ({prompt:.2f})"
+    said[-1] += f" ({best.scores.prompt:.2f})"
+    return said
+
+
+def _reason(best: JudgedCell, why: list[str], last: JudgedCell, is_overfitted: bool) -> str:
+    said = [f"{best.title.capitalize()} is recommended: {why[0]}", *why[1:]]
     if best.scores.style < LITTLE:
         said.append("which is little, so train longer or at a higher rate")
     if is_overfitted:

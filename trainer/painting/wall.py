@@ -10,7 +10,7 @@ from ..errors import RunError, UserError
 from ..jobs import RunFolder
 from .orders import Look, WallOrder
 
-STRENGTHS = (0.0, 0.4, 0.7, 1.0, 1.2)
+STRENGTHS = (0.0, 0.5, 0.8, 1.0, 1.1)
 """The base alone as control, two weaker than trained, as trained, and a little beyond."""
 _ROWS = 5
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from ...trainer.choosing.choice import most_of_captions
 from ...trainer.config import RunConfig
 from ...trainer.errors import LorasmithError, UserError
 from ...trainer.jobs import RunFolder
@@ -296,7 +297,7 @@ class WallPage:
         drawn = last and last.state()
         active = bool(drawn and not drawn.has_ended)
         each = seconds_each(run, [*files, *(further or ())], self.context.stories.of(run))
-        summary = "" if active else summary_of(files, each, further)
+        summary = "" if active else summary_of(files, each, further, most_of_captions(order))
         if choices.leak and order.prompts[0] == choices.prompt:
             summary += notice("This prompt does not hold the trigger word, so nothing was taken out", kind="note")
         spots = spots_of(order, order.prompts[0], order.seeds[0])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ...trainer.choosing.choice import MEANINGS, NULL_CAPTIONS, Choice, read_choice
+from ...trainer.choosing.choice import MEANINGS, Choice, read_choice
 from ...trainer.choosing.page import looked_at, notes_of
 from ...trainer.painting.orders import WallOrder
 from ...trainer.painting.sheet import Notes
@@ -21,17 +21,20 @@ def choice_of(order: WallOrder) -> Choice | None:
 
 
 def further_files(order: WallOrder) -> list[Path]:
-    """The pictures that are drawn for the scores of a wall alone, but for those of training captions."""
+    """The pictures that are drawn for the scores of a wall alone, but for those of training captions, of the base and
+    of the best cells."""
     judged = order.judged()
     return list({*judged.files().values(), *judged.of_the_base().files().values()} - {*order.files().values()})
 
 
-def summary_of(files: Sequence[Path], each: float | None, further: Sequence[Path] | None = None) -> str:
+def summary_of(
+    files: Sequence[Path], each: float | None, further: Sequence[Path] | None = None, captions: int = 0
+) -> str:
     """How much there is to draw, and how long it may take at so many seconds each; `further` are the pictures for
-    scores, None if these are not wanted or there already."""
+    scores, None if these are not wanted or there already, and `captions` so many at most of training captions."""
     missing, there = _missing(files), len(files) - _missing(files)
     if further is not None:
-        return _summary_with_scores(len(files), missing, _missing(further), each)
+        return _summary_with_scores(len(files), missing, _missing(further), captions, each)
     if not missing:
         return f"<p>All {pictures(there)} of this wall are there.</p>"
     time = f", about {_time(missing, each)}" if each else ""
@@ -39,11 +42,11 @@ def summary_of(files: Sequence[Path], each: float | None, further: Sequence[Path
     return f"<p>{pictures(missing)} to draw{time}.{already}</p>"
 
 
-def _summary_with_scores(count: int, missing: int, besides: int, each: float | None) -> str:
+def _summary_with_scores(count: int, missing: int, besides: int, captions: int, each: float | None) -> str:
     wall = f"{pictures(missing)} to draw" if missing else f"All {pictures(count)} of this wall are there"
-    base = f"up to {NULL_CAPTIONS} of the base alone"
-    scores = f"{pictures(besides)} and {base}" if besides else base
-    time = f": at most about {_time(missing + besides + NULL_CAPTIONS, each)}" if each else ""
+    most = f"up to {captions} of training captions"
+    scores = f"{pictures(besides)} and {most}" if besides else most
+    time = f": at most about {_time(missing + besides + captions, each)}" if each else ""
     return f"<p>{wall}; for the scores {scores}{time}.</p>"
 
 
