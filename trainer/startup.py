@@ -1,6 +1,6 @@
 """What makes a process of ours start sooner: to import torch, diffusers, transformers and PEFT is most of a short one.
 
-Both of these are for a process that is ours alone, and without effect on what it computes.
+It is for a process that is ours alone, and without effect on what it computes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,20 @@ _LATER = "bitsandbytes"
 compiler of PyTorch. No base here has so few bits; some optimizers need it, and import it when they are asked for."""
 
 
+_USUAL = gc.get_threshold()
+
+
 def start_quickly() -> None:
     """Let no import wait for bitsandbytes, nor for a search for garbage: some thousand modules make none."""
     if _LATER not in sys.modules:
         sys.modules[_LATER] = None  # pyright: ignore[reportArgumentType]
     gc.set_threshold(50_000, *gc.get_threshold()[1:])
+
+
+def started() -> None:
+    """For what goes on for days, and makes garbage: search for it as usual, but not in what was made until now."""
+    gc.freeze()
+    gc.set_threshold(*_USUAL)
 
 
 def import_late(module: str) -> ModuleType:

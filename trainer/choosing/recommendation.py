@@ -5,7 +5,8 @@
 2. A cell that has lost its prompts, which keeps less than a quarter of what the best cell keeps, is left out as well.
 3. Of the others, those with most style draw some training captions. The one that comes nearest to the images which have
    these captions, and all that are as near but for noise, have learned best.
-4. Of these the one with most style is recommended: what is learned shows less on other prompts than on captions.
+4. Of these the one with most style is recommended: what is learned shows less on other prompts than on captions. Of
+   several with all of it the one that comes nearest.
 
 Where no captions can be drawn, all with nearly the most style are equal, for the score is no finer than that; of these,
 all that keep their prompts nearly best are, and the one with most style is recommended.
@@ -71,7 +72,7 @@ def recommend(cells: Sequence[JudgedCell], knows_style: bool = True, is_leak: bo
     looked_at = [cell for cell in contenders(cells) if cell.likeness]
     if looked_at:
         learned = best_learned(looked_at)
-        best = max(learned, key=lambda cell: (_style(cell), -cell.strength, -cell.step))
+        best = max(learned, key=lambda cell: (_style(cell), fmean(cell.likeness)))
         return Verdict(best, _reason(best, _why_learned(best, learned), last, is_overfitted), is_overfitted)
     styled = with_most_style(sorted(cells, key=lambda cell: (cell.strength, cell.step)))
     if not styled:
@@ -81,8 +82,10 @@ def recommend(cells: Sequence[JudgedCell], knows_style: bool = True, is_leak: bo
 
 
 def contenders(cells: Sequence[JudgedCell]) -> list[JudgedCell]:
-    """Those with most style that neither copy nor have lost their prompts."""
-    return sorted(_following(cells), key=_style, reverse=True)[:MOST_CONTENDERS]
+    """Those with most style that neither copy nor have lost their prompts; of equals those that were trained longer, at
+    the strength that they were trained at."""
+    nearly_as_trained = sorted(_following(cells), key=lambda cell: (-cell.step, abs(cell.strength - 1)))
+    return sorted(nearly_as_trained, key=_style, reverse=True)[:MOST_CONTENDERS]
 
 
 def best_learned(cells: Sequence[JudgedCell]) -> list[JudgedCell]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import INTERRUPTED, UserError
+from ..startup import started
 from .options import ConfigFile, Json, Overrides, RunPath, print_json, refuse_unwritable
 from .preparing import plan_of
 
@@ -151,7 +152,7 @@ def ui(
 
     with without_stubs():
         from ...ui.server import Door, serve
-
+    started()
     serve(folder, Door.of(listen, port, auth), tuple(root or ()))
 
 
