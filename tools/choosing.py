@@ -13,6 +13,7 @@ searched from the recommended cell, as `lorasmith tune-strength` does, and what 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,6 +100,10 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="How many, from 0 on.")] = 10,
     style: Annotated[list[str] | None, typer.Option(help=f"{' or '.join(STYLES)}; both if not given.")] = None,
     images: Annotated[int, typer.Option(min=8, help="Images that a run sees.")] = 3600,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Another setting; may be repeated."),
+    ] = None,
     folder: Annotated[Path, typer.Option(help="Where runs are kept; what is trained is not trained again.")] = Path(
         ".cache/choosing"
     ),
@@ -115,7 +120,7 @@ def main(
     rows: list[Row] = []
     for name in style or STYLES:
         for seed in range(seeds):
-            run = trained(run_config(name, seed, images, folder))
+            run = trained(run_config(name, seed, images, folder, set_ or []))
             rows.append(measured(run, name, seed, every_cell))
             print(rows[-1], flush=True)
             if tune:
@@ -132,19 +137,19 @@ def main(
 # runs
 
 
-def run_config(style: str, seed: int, images: int, folder: Path) -> RunConfig:
-    """As the demo trains, with another seed."""
+def run_config(style: str, seed: int, images: int, folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """As the demo trains, with another seed, and with other settings."""
     data = EXAMPLES / STYLE if style == STYLE else print_images(folder / "images" / PRINT)
     example = example_config(folder)
     over = {
-        "name": f"{style}-{images}-{seed}",
+        "name": "-".join([style, str(images), *(re.sub("[^0-9A-Za-z.]+", "-", text) for text in overrides), str(seed)]),
         "seed": seed,
         "data": [{"path": str(data), "trigger": style, "caption_dropout": 0.1}],
         "budget": {"images": images},
         "save": {"every": max(1, images // example.budget.batch // 5)},
         "sample": {"prompts": [_called(prompt, style) for prompt in example.sample.prompts]},
     }
-    return validate(merge(example.model_dump(exclude_unset=True), over), source="tools.choosing")
+    return validate(merge(example.model_dump(exclude_unset=True), over), "tools.choosing", overrides)
 
 
 def _called(prompt: str, style: str) -> str:
