@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from .choosing.choice import Scores
-from .choosing.features import Features, features_of, features_of_true
+from .choosing.eye import Eye
+from .choosing.features import Features, features_of
 from .choosing.recommendation import best_of, copies
 from .choosing.scales import Scales, some_captions
 from .choosing.training import TrainingImages, some_images
@@ -67,8 +68,7 @@ class Scoring:
         """Look at the training images and at what the untouched base draws."""
         captions = some_captions(self.images.captions)
         base, captioned = (self._look(draw_the_base(asked, self.drawing)) for asked in (self.prompts, captions))
-        pictures = self.images.pictures(range(len(self.images.examples)), self.drawing.size)
-        training = features_of_true(self.vae, pictures)
+        training = Eye(self.vae).true(self.images, self.drawing.size)
         asked = [*self.prompts, *captions]
         self._scales = Scales.fit(base, captioned, training, asked, self.images.captions), base
 

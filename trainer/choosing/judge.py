@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 from ...datasets.workers import Progress
@@ -21,7 +22,8 @@ from .training import TrainingImages, training_images
 
 
 def judge_wall(order: WallOrder, studio: Studio, progress: Progress | None = None) -> Choice:
-    """Draw what is missing of a wall and of what it is compared with, and score it. `progress` counts pictures drawn.
+    """Draw what is missing of a wall and of what it is compared with, and score it. `progress` counts pictures drawn,
+    of so many at most.
 
     Raises:
         UserError: if the training images are not there, or nothing of the wall was trained.
@@ -29,9 +31,14 @@ def judge_wall(order: WallOrder, studio: Studio, progress: Progress | None = Non
     """
     case = Case.of(order)
     missing = sum(not file.is_file() for file in case.files())
-    done = iter(range(1, missing + 1))
-    case.draw(studio, lambda: progress(next(done), missing) if progress else None)
-    return case.choice(studio)
+    total, done = missing + most_of_captions(order) - NULL_CAPTIONS, count(1)
+
+    def drawn() -> None:
+        if progress:
+            progress(next(done), total)
+
+    case.draw(studio, drawn)
+    return case.choice(studio, drawn=drawn)
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,11 @@ class Case:
             studio.draw(order, order.files(), drawn, after_step)
 
     def choice(
-        self, studio: Studio, progress: Progress = quietly, after_step: Callable[[], None] = lambda: None
+        self,
+        studio: Studio,
+        progress: Progress = quietly,
+        drawn: Callable[[], None] = lambda: None,
+        after_step: Callable[[], None] = lambda: None,
     ) -> Choice:
         """Score the wall, whose pictures are all there; `progress` counts those that were looked at. What the best
         cells make of training captions is drawn meanwhile."""
@@ -91,7 +102,7 @@ class Case:
         wall, *compared = (order.cells() for order in self.orders)
         total = sum(cell.strength != 0 for cell in wall) + sum(map(len, compared)) + len(self.images.examples)
         judge = Judge.of(self, Eye(studio.vae, total + most_of_captions(self.order) - NULL_CAPTIONS, progress))
-        return judge.choice(lambda order: studio.draw(order, order.files(), after_step=after_step))
+        return judge.choice(lambda order: studio.draw(order, order.files(), drawn, after_step))
 
     def judge(self, studio: Studio) -> Judge:
         """To score other pictures of its prompts than those of the wall; the base's are all there."""

@@ -121,7 +121,7 @@ class Painter:
         with self._wall_stays(progress):
             case.draw(studio, lambda: self._one_more(progress), progress.refuse_cancelled)
             progress.score(0)
-            write_choice(case.choice(studio, looked, progress.refuse_cancelled), choice_file(case.order))
+            write_choice(case.choice(studio, looked, after_step=progress.refuse_cancelled), choice_file(case.order))
 
     @contextmanager
     def _wall_stays(self, progress: _Progress) -> Iterator[None]:
