@@ -101,8 +101,11 @@ class Case:
         studio.prepare(self.order)
         wall, *compared = (order.cells() for order in self.orders)
         total = sum(cell.strength != 0 for cell in wall) + sum(map(len, compared)) + len(self.images.examples)
-        judge = Judge.of(self, Eye(studio.vae, total + most_of_captions(self.order) - NULL_CAPTIONS, progress))
-        return judge.choice(lambda order: studio.draw(order, order.files(), drawn, after_step))
+        total += most_of_captions(self.order) - NULL_CAPTIONS
+        judge = Judge.of(self, Eye(studio.vae, total, progress))
+        choice = judge.choice(lambda order: studio.draw(order, order.files(), drawn, after_step))
+        progress(total, total)  # there may have been less to look at
+        return choice
 
     def judge(self, studio: Studio) -> Judge:
         """To score other pictures of its prompts than those of the wall; the base's are all there."""
