@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +16,16 @@ from PIL import Image, ImageDraw
 
 from lorasmith.trainer.bases import BaseInfo, inspect_base
 from lorasmith.trainer.baseweights import rewrite, unchanged
+from lorasmith.trainer.checkpoint import load_checkpoint
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.configfile import merge, validate
+from lorasmith.trainer.events import Event
 from lorasmith.trainer.jobs import create_run
 from lorasmith.trainer.loop import Trainer
-from lorasmith.trainer.plan import make_plan
+from lorasmith.trainer.plan import Plan, make_plan
 from lorasmith.trainer.startup import start_quickly
+
+from . import tiny
 
 pytest_plugins = ["tests.browser"]
 
@@ -131,6 +137,33 @@ def trained_run(config: RunConfig) -> Trainer:
     trainer = Trainer(plan, create_run(plan.config), lambda event: None)
     assert trainer.train(lambda: False) == "finished"
     return trainer
+
+
+def gone_on(stopped: Trainer, plan: Plan, events: list[Event]) -> Trainer:
+    """A run as it goes on from where another process has saved it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    saved = load_checkpoint(stopped.run.checkpoint(max(stopped.run.saved_steps())))
+    return Trainer(replace(plan, step=saved.state.step, seen=saved.state.images), stopped.run, events.append, saved)
+
+
+def tiny_run(folder: Path) -> dict[str, Any]:
+    """Settings of a run of three steps, without previews, on a tiny base and eight pictures."""
+    images = folder / "images"
+    images.mkdir()
+    for number in range(8):
+        draw_picture(number, (32, 32)).save(images / f"{number}.png")
+        (images / f"{number}.txt").write_text(f"thing {number}", encoding="utf-8")
+    return {
+        "name": "run",
+        "base": {"model": str(tiny.make_sd1(folder / "base", layers_per_block=1))},
+        "data": [{"path": str(images), "trigger": "trg"}],
+        "adapter": {"rank": 4, "alpha": 4.0},
+        "budget": {"images": 12, "batch": 4},
+        "optimizer": {"lr": 3e-3, "text_encoder_lr": 1e-3},
+        "sample": {"every": 0},
+        "save": {"every": 0},
+        "runtime": {"precision": "fp32", "cache": str(folder / "cache")},
+    }
 
 
 def unpack(path: Path, folder: Path) -> BaseInfo:

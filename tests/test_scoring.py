@@ -27,14 +27,13 @@ from lorasmith.trainer.jobs import create_run
 from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.painting.studio import Studio
 from lorasmith.trainer.painting.wall import wall_order
-from lorasmith.trainer.plan import Plan, make_plan
+from lorasmith.trainer.plan import make_plan
 from lorasmith.trainer.run import train
 from lorasmith.trainer.scoring import take_in
 from lorasmith.trainer.story import SCORING, Story
 from lorasmith.ui.train.running import scores_told
 
-from . import tiny
-from .conftest import draw_picture
+from .conftest import gone_on, tiny_run
 
 Make = Callable[..., RunConfig]
 SCORED: dict[str, Any] = {"every": 2, "by": "scores", "draws": 3}
@@ -44,22 +43,9 @@ PROMPTS = ["trg, thing 1", "trg, a cat"]
 @pytest.fixture(scope="module")
 def common(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A tiny base and eight pictures."""
-    folder = tmp_path_factory.mktemp("scoring")
-    images = folder / "images"
-    images.mkdir()
-    for number in range(8):
-        draw_picture(number, (32, 32)).save(images / f"{number}.png")
-        (images / f"{number}.txt").write_text(f"thing {number}", encoding="utf-8")
-    return {
-        "name": "run",
-        "base": {"model": str(tiny.make_sd1(folder / "base", layers_per_block=1))},
-        "data": [{"path": str(images), "trigger": "trg"}],
-        "adapter": {"rank": 4, "alpha": 4.0},
+    return tiny_run(tmp_path_factory.mktemp("scoring")) | {
         "budget": {"images": 16, "batch": 4},
-        "optimizer": {"lr": 3e-3, "text_encoder_lr": 1e-3},
         "sample": {"every": 10, "steps": 2, "prompts": PROMPTS},
-        "save": {"every": 0},
-        "runtime": {"precision": "fp32", "cache": str(folder / "cache")},
     }
 
 
@@ -76,11 +62,6 @@ def begun(config: RunConfig) -> tuple[Trainer, list[Event]]:
 
 def scored(events: list[Event]) -> list[Scored]:
     return [event for event in events if isinstance(event, Scored)]
-
-
-def gone_on(stopped: Trainer, plan: Plan, events: list[Event]) -> Trainer:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Trainer(plan, stopped.run, events.append, load_checkpoint(stopped.run.checkpoint(stopped.state.step)))
 
 
 def test_scores_come_at_every_measure_and_the_base_has_none_of_the_style(make: Make):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,8 +30,7 @@ from lorasmith.trainer.run import export_run, train
 from lorasmith.trainer.story import VALIDATING, Story
 from lorasmith.ui.train.running import losses, validation_told
 
-from . import tiny
-from .conftest import draw_picture
+from .conftest import gone_on, tiny_run
 
 Make = Callable[..., RunConfig]
 State = dict[str, Tensor]
@@ -47,23 +44,7 @@ OWN_NOISE: dict[str, Any] = {"every": 2, "draws": 2}
 @pytest.fixture(scope="module")
 def common(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A tiny base and eight pictures."""
-    folder = tmp_path_factory.mktemp("validation")
-    images = folder / "images"
-    images.mkdir()
-    for number in range(8):
-        draw_picture(number, (32, 32)).save(images / f"{number}.png")
-        (images / f"{number}.txt").write_text(f"thing {number}", encoding="utf-8")
-    return {
-        "name": "run",
-        "base": {"model": str(tiny.make_sd1(folder / "base", layers_per_block=1))},
-        "data": [{"path": str(images), "trigger": "trg"}],
-        "adapter": {"rank": 4, "alpha": 4.0},
-        "budget": {"images": 12, "batch": 4},
-        "optimizer": {"lr": 3e-3, "text_encoder_lr": 1e-3},
-        "sample": {"every": 0},
-        "save": {"every": 0},
-        "runtime": {"precision": "fp32", "cache": str(folder / "cache")},
-    }
+    return tiny_run(tmp_path_factory.mktemp("validation"))
 
 
 @pytest.fixture
@@ -296,13 +277,6 @@ def test_a_resumed_run_measures_what_an_unbroken_one_does(make: Make):
     assert gone_on(trainer, plan, again).train(lambda: False) == "finished"
     assert [one.step for one in validations(stops)] == [0, 2]
     assert validations(unbroken) == [*validations(stops), *validations(again)]
-
-
-def gone_on(stopped: Trainer, plan: Plan, events: list[Event]) -> Trainer:
-    """A run as it goes on from where another process has saved it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    saved = load_checkpoint(stopped.run.checkpoint(max(stopped.run.saved_steps())))
-    return Trainer(replace(plan, step=saved.state.step, seen=saved.state.images), stopped.run, events.append, saved)
 
 
 def test_what_is_lost_of_the_caches_is_made_anew(make: Make):

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .choosing.choice import Scores
 from .config import AdapterSection, RunConfig
 from .configfile import Origin
 from .events import Checkpointed, Done, Event, Phase, PlanMade, Sampled, Scored, Step, Stopped, Validated, Warned
@@ -122,8 +123,7 @@ def validation_sentence(measured: Validated) -> str:
 
 def scores_sentence(scored: Scored) -> str:
     """What the scores of a step's pictures are."""
-    told = f"style {scored.style:z.2f}, prompt {scored.prompt:z.2f}, copying {scored.copying:z.2f}"
-    return f"{told}{_against_the_best(scored, 'best')}"
+    return f"{Scores(scored.style, scored.prompt, scored.copying)}{_against_the_best(scored, 'best')}"
 
 
 def _against_the_best(measured: Validated | Scored, name: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import asdict, astuple, replace
 from datetime import timedelta
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import psutil
 import torch
@@ -55,6 +55,7 @@ from .validation import Validation
 Emit = Callable[[Event], None]
 Outcome = Literal["finished", "stopped"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
+Measured = TypeVar("Measured")
 
 _LONGEST_WAIT = timedelta(hours=6)
 """For other processes, which encode a large set of images or draw."""
@@ -535,21 +536,18 @@ class Trainer:
 
     def _score(self, scoring: Scoring) -> None:
         """One process draws; all know the scores, for all must act alike."""
-        found, fits = torch.zeros(3, device=self.accelerator.device), True
+        device, found = self.accelerator.device, Scores(0, 0, 0)
         if self.accelerator.is_main_process:
             self.emit(Phase(SCORING))
-            try:
-                with self._encoders(resting=False), self.as_it_is_used():
-                    found += torch.tensor(astuple(self._scores(scoring)), device=found.device)
-            except OUT_OF_MEMORY as error:
-                fits = False
-                if not is_full(error):
-                    raise
-        if self._agree(not fits):
+            with self._encoders(resting=False), self.as_it_is_used():
+                found = _if_it_fits(lambda: self._scores(scoring))
+        if self._agree(found is None):
             why = f"{memory_of(self.accelerator.device)} does not hold what a single picture takes"
             self.emit(Warned(f"step {self.state.step} has no scores: {why}; training goes on"))
         else:
-            self.emit(scoring.take_in(self.state, Scores(*self._sum(found).tolist())))
+            assert found is not None  # in no process
+            each = self._sum(torch.tensor(astuple(found), dtype=torch.float32, device=device))
+            self.emit(scoring.take_in(self.state, Scores(*each.tolist())))
 
     def _scores(self, scoring: Scoring) -> Scores:
         if not scoring.has_begun:
@@ -565,18 +563,14 @@ class Trainer:
     def _measure_loss(self, validation: Validation) -> None:
         """Each process measures a part of it."""
         self.emit(Phase(VALIDATING))
-        measured, fits = validation.nothing(), True
-        try:
-            with self.as_it_is_used():
-                measured = self._from_caches(partial(self._measured, validation), validation.examples())
-        except OUT_OF_MEMORY as error:
-            fits = False
-            if not is_full(error):
-                raise
-        if self._agree(not fits):
+        measure = partial(self._measured, validation)
+        with self.as_it_is_used():
+            measured = _if_it_fits(lambda: self._from_caches(measure, validation.examples()))
+        if self._agree(measured is None):
             why = f"{memory_of(self.accelerator.device)} does not hold what a single prediction takes"
             self.emit(Warned(f"step {self.state.step} has no validation loss: {why}; training goes on"))
         else:
+            assert measured is not None  # in no process
             losses = self._sum(measured.to(self.accelerator.device)).cpu()
             self.emit(validation.take_in(self.state, losses))
 
@@ -702,6 +696,16 @@ class Trainer:
 def memory_in_use(device: torch.device) -> int:
     """Bytes: the most that was taken so far of a GPU's memory; without one, what this process has of the computer's."""
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+def _if_it_fits(measure: Callable[[], Measured]) -> Measured | None:
+    """What is measured; None where the memory is full."""
+    try:
+        return measure()
+    except OUT_OF_MEMORY as error:
+        if not is_full(error):
+            raise
+        return None
 
 
 def is_due(step: int, every: int) -> bool:
