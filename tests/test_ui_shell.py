@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -10,12 +11,14 @@ from typing import Any
 
 import gradio as gr
 import pytest
+from gradio.state_holder import SessionState, StateHolder
 from playwright.sync_api import Page, Request, expect
 
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.errors import UserError
 from lorasmith.trainer.events import Done, EventLog, PlanMade, Step, Stopped
 from lorasmith.trainer.jobs import RunFolder, create_run
+from lorasmith.ui.app import Page as Shell
 from lorasmith.ui.app import look
 from lorasmith.ui.context import Context, as_news, changed_at, told
 from lorasmith.ui.device import device_line
@@ -150,6 +153,32 @@ def test_only_the_page_that_is_shown_looks_for_news(trained_site: Site, page: Pa
 def _trigger_of(request: Request) -> set[int]:
     """By which component an event came about that a request tells the server of."""
     return {json.loads(request.post_data or "")["trigger_id"]} if "/queue/join" in request.url else set()
+
+
+def test_a_tab_that_stays_open_for_days_keeps_each_component_once():
+    with Shell() as blocks:
+        shown, timer = gr.HTML(), gr.Timer(1)
+
+        def looked(interval: float, before: str) -> list[Any]:
+            was_value = before.startswith("value")
+            return [gr.Timer(interval + 1), gr.update(value="update") if was_value else "value"]
+
+        timer.tick(looked, [timer, shown], [timer, shown])
+    [event] = blocks.fns.values()
+    session = SessionState(blocks)
+    StateHolder().set_blocks(blocks)
+
+    async def ticks(count: int) -> list[Any]:
+        sent: list[Any] = [1, "value"]
+        for _ in range(count):
+            answer = await blocks.process_api(event, [sent[0], sent[1]], session)
+            sent = [value["value"] if isinstance(value, dict) else value for value in answer["data"]]
+        return sent
+
+    assert asyncio.run(ticks(2)) == [3, "value"]
+    kept = len(session.blocks_config.blocks), len(session.config_values)
+    assert asyncio.run(ticks(12)) == [13, "value"]
+    assert (len(session.blocks_config.blocks), len(session.config_values)) == kept
 
 
 def test_when_something_was_changed_is_known_also_of_what_is_not_there(tmp_path: Path):

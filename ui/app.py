@@ -29,13 +29,23 @@ _SESSIONS = 100
 
 
 class Page(gr.Blocks):
-    """Gradio's, but that a call without enough arguments is no accident of the server's."""
+    """Gradio's, but that a call without enough arguments is no accident of the server's, and that a tab may stay open
+    for days."""
 
     def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
         try:
             super().validate_inputs(block_fn, inputs)
         except ValueError as error:
             raise gr.Error(first_line(error), print_exception=False) from error
+
+    async def postprocess_data(self, block_fn: Any, predictions: Any, state: Any) -> list[Any]:
+        """What takes the place of a component in a tab takes its number as well. Gradio gives it a new one, and at the
+        component's next value keeps it under both: as many copies as there were updates, until the tab is forgotten."""
+        sent = await super().postprocess_data(block_fn, predictions, state)
+        if state is not None:
+            for number in {block._id for block in block_fn.outputs} & state.blocks_config.blocks.keys():
+                state.blocks_config.blocks[number]._id = number
+        return sent
 
 
 def build(context: Context) -> gr.Blocks:
