@@ -72,6 +72,55 @@ def test_a_run_of_a_few_steps_tells_nothing(short_run: Callable[..., RunConfig])
     assert pace_of(plan.facts(), plan.config, [story, Story(Path("/none/events.jsonl"))]) is None
 
 
+def refining(plan: Plan, batch: int, pairs: int = 4, thumbs: int = 0) -> dict[str, Any]:
+    """The facts of a plan as they would be of a run that learns from preferences."""
+    said = {"pairs": pairs, "thumbs_up": thumbs, "thumbs_down": 0, "beta": 1000.0, "start": "x"}
+    return plan.facts() | {"batch": batch, "preference": said}
+
+
+def as_told(story: Story, facts: dict[str, Any]) -> Story:
+    """The run with other facts of its plan."""
+    EventLog(story.path).append(PlanMade(len(story.steps), 16, facts))
+    story.refresh()
+    return story
+
+
+@pytest.mark.parametrize(
+    ("pairs", "thumbs", "batch", "checkpointing", "factor"),
+    [(4, 0, 2, False, 4 / 3), (4, 0, 2, True, 5 / 4), (0, 4, 4, False, 4 / 3), (4, 0, 4, False, None)],
+    ids=["pairs", "recomputed", "thumbs", "twice as many at once"],
+)
+def test_a_run_that_refines_is_as_one_with_as_many_pictures_and_a_pass_more(
+    short_run: Callable[..., RunConfig], pairs: int, thumbs: int, batch: int, checkpointing: bool, factor: float | None
+):
+    """Of a pair both pictures are in the batch, and the reference sees each once more."""
+    runtime = {"runtime": {"gradient_checkpointing": checkpointing}}
+    plan = make_plan(short_run(name="now", **runtime))
+    plain = earlier(make_plan(short_run(name="ink", **runtime)), [3.0] * 5)
+    assert plan.facts()["batch"] == 4
+    pace = pace_of(refining(plan, batch, pairs, thumbs), plan.config, [plain])
+    if factor is None:
+        assert pace is None
+    else:
+        assert pace is not None
+        assert pace.step == pytest.approx(3 * factor)
+        assert pace.source == "one run without preferences took here, and a forward pass more for the reference"
+
+
+def test_a_run_that_refines_is_told_by_others_that_did_and_tells_nothing_of_plain_ones(
+    short_run: Callable[..., RunConfig],
+):
+    plan = make_plan(short_run(name="now"))
+    plain = earlier(make_plan(short_run(name="ink")), [3.0] * 5)
+    same = as_told(earlier(make_plan(short_run(name="inkier")), [5.0] * 5), refining(plan, 2))
+    half_thumbs = as_told(earlier(make_plan(short_run(name="thumbs")), [7.0] * 5), refining(plan, 2, 2, 2))
+    pace = pace_of(refining(plan, 2), plan.config, [plain, same, half_thumbs])
+    assert pace is not None
+    assert (pace.runs, pace.step, pace.source) == (1, 5.0, "one such run took here")
+    ordinary = pace_of(plan.facts() | {"batch": 2}, plan.config, [same, half_thumbs])
+    assert ordinary is None
+
+
 def test_previews_count_by_their_pictures_and_steps(short_run: Callable[..., RunConfig]):
     sample = {"every": 2, "steps": 5, "prompts": ["a", "b"]}
     plan = make_plan(short_run(name="now", sample=sample))

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import shutil
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ _STEPS_TO_TRUST = 5
 """A run with fewer says nothing: the first steps are slow."""
 _SAME_AREA = 0.05
 """Buckets whose pixels differ by less than this share are trained at the same resolution."""
+_FORWARD, _BACKWARD = 1, 2
+"""What a forward and a backward pass cost, in forward passes (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361)."""
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _STATE = {"adamw8bit": 2, "lion": 4, "lion8bit": 1, "prodigy": 16}
 """Bytes that an optimizer keeps for each weight; most keep two numbers in fp32."""
@@ -48,6 +50,15 @@ class Pace:
     """Seconds for one denoising step of one preview; 0 where none was drawn."""
     validation: float = 0.0
     """Seconds for one measure of the validation loss, or of the scores; 0 where none was taken."""
+    reckoned: bool = False
+    """Whether the runs refined nothing, and the reference's pass was added to their steps."""
+
+    @property
+    def source(self) -> str:
+        """Which runs tell it, in words."""
+        which = "run without preferences" if self.reckoned else "such run"
+        runs = f"one {which}" if self.runs == 1 else f"{self.runs} {which.replace('run', 'runs')}"
+        return f"{runs} took here" + (", and a forward pass more for the reference" if self.reckoned else "")
 
     def seconds(self, steps: int, config: RunConfig) -> float:
         """For so many steps, and the previews and validations that come with them."""
@@ -56,11 +67,30 @@ class Pace:
 
 
 def pace_of(facts: Mapping[str, Any], config: RunConfig, stories: Iterable[Story]) -> Pace | None:
-    """From the runs that trained the same parts of the same base, at the same resolution, with as large batches and
-    with the same runtime settings; None if there are none. `facts` and `config` are those of a plan."""
-    like = [story for story in stories if len(story.steps) >= _STEPS_TO_TRUST and _is_like(story, facts, config)]
-    if not like:
-        return None
+    """From the runs that trained the same parts of the same base, at the same resolution, with as many pictures at once
+    and with the same runtime settings; None if there are none. `facts` and `config` are those of a plan.
+
+    A run that refines is like others that do. Where there are none, the one whose style it refines is known: with as
+    many pictures at once, it lacks the reference's pass alone.
+    """
+    told = [story for story in stories if len(story.steps) >= _STEPS_TO_TRUST]
+    kind = _kind(facts)
+    if like := [story for story in told if _is_like(story, kind, facts, config)]:
+        return _pace_of(like, facts)
+    plain = kind | {"refines": False}
+    if kind["refines"] and (like := [story for story in told if _is_like(story, plain, facts, config)]):
+        pace = _pace_of(like, facts)
+        return replace(pace, step=pace.step * _with_the_reference(config), reckoned=True)
+    return None
+
+
+def _with_the_reference(config: RunConfig) -> float:
+    """By how much longer a step takes in which another forward pass of each picture tells the reference's errors."""
+    again = _FORWARD if config.runtime.gradient_checkpointing else 0
+    return 1 + _FORWARD / (_FORWARD + again + _BACKWARD)
+
+
+def _pace_of(like: Sequence[Story], facts: Mapping[str, Any]) -> Pace:
     drawn = [seconds for story in like for seconds in _seconds_of_pictures(story)]
     measured = facts.get("validation", {})
     by_scores = measured.get("by") == "scores"
@@ -74,10 +104,9 @@ def pace_of(facts: Mapping[str, Any], config: RunConfig, stories: Iterable[Story
     )
 
 
-def _is_like(story: Story, facts: Mapping[str, Any], config: RunConfig) -> bool:
+def _is_like(story: Story, kind: Mapping[str, Any], facts: Mapping[str, Any], config: RunConfig) -> bool:
     then = story.plan.plan if story.plan else {}
-    same = all(_kind(then).get(key) == value for key, value in _kind(facts).items())
-    if not same or abs(_area(then) / _area(facts) - 1) > _SAME_AREA:
+    if _kind(then) != kind or abs(_area(then) / _area(facts) - 1) > _SAME_AREA:
         return False
     earlier = _config_beside(story)
     return earlier is not None and earlier.runtime == config.runtime.model_copy(update={"cache": earlier.runtime.cache})
@@ -85,7 +114,15 @@ def _is_like(story: Story, facts: Mapping[str, Any], config: RunConfig) -> bool:
 
 def _kind(facts: Mapping[str, Any]) -> dict[str, Any]:
     parts = [(part["name"], part["modules"], part["parameters"]) for part in facts.get("trained", [])]
-    return {"base": facts.get("base"), "batch": facts.get("batch"), "trained": parts}
+    said = facts.get("preference")
+    return {"base": facts.get("base"), "at_once": _at_once(facts), "trained": parts, "refines": bool(said)}
+
+
+def _at_once(facts: Mapping[str, Any]) -> float:
+    """Pictures of a step; of one that refines the mean over its pairs, which have two, and its thumbs."""
+    batch, said = facts.get("batch", 0), facts.get("preference") or {}
+    pairs, thumbs = (sum(said.get(key, 0) for key in keys) for keys in (["pairs"], ["thumbs_up", "thumbs_down"]))
+    return batch * (1 + pairs / (pairs + thumbs)) if pairs else batch
 
 
 def _area(facts: Mapping[str, Any]) -> float:

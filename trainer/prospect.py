@@ -103,8 +103,7 @@ class Prospect:
             how = "" if not self.device.is_here else "; --probe tries a few steps"
             return f"not known, for nothing like it was trained here yet{how}"
         if self.pace:
-            runs = "one such run" if self.pace.runs == 1 else f"{self.pace.runs} such runs"
-            return f"about {duration(self.seconds)}, as {runs} took here"
+            return f"about {duration(self.seconds)}, as {self.pace.source}"
         return f"at most about {duration(self.seconds)} without previews, as the probe tells"
 
     def _probe(self, probed: Probed) -> str:

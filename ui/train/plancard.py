@@ -109,8 +109,7 @@ class Foreseen:
     def time(self) -> str:
         if self.pace is None or self.seconds is None:
             return "How long it takes is known after the first steps: nothing like it was trained here yet."
-        runs = "one such run" if self.pace.runs == 1 else f"{self.pace.runs} such runs"
-        return f"About {duration(self.seconds)}, as {runs} took here."
+        return f"About {duration(self.seconds)}, as {self.pace.source}."
 
     @property
     def room(self) -> str:
