@@ -190,7 +190,8 @@ def _is_told_error(said: ConsoleMessage) -> bool:
 
 
 def _is_local(url: str) -> bool:
-    return urlsplit(url).scheme in ("data", "blob", "about") or urlsplit(url).hostname in ("127.0.0.1", "localhost")
+    scheme, host = urlsplit(url).scheme, urlsplit(url).hostname
+    return scheme in ("data", "blob", "about", "file") or host in ("127.0.0.1", "localhost")
 
 
 def open_tab(page: Page, title: str) -> None:

@@ -1,4 +1,4 @@
-"""Who may come in, and what is served: pictures, thumbnails and exports of runs, and no other file of this computer."""
+"""Who may come in, and what is served: pictures, thumbnails, exports and reports of runs, and no other file here."""
 
 from __future__ import annotations
 
@@ -49,6 +49,13 @@ def open_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         Image.new("RGB", (8, 8), "red").save(run.path / place)
     (run.exports / "seen.safetensors").write_bytes(b"weights")
     (run.exports / "out.safetensors").symlink_to(run.path / "HF_TOKEN")
+    (run.path / "report.html").write_text("<script>alert(1)</script>", encoding="utf-8")
+    for name, target in (("linked", run.path / "HF_TOKEN"), ("inside", "config.toml"), ("unreported", None)):
+        other = made.run(name)
+        other.path.mkdir()
+        other.config.write_text("secret", encoding="utf-8")
+        if target:
+            (other.path / "report.html").symlink_to(target)
     made.start()
     yield made
     close(made)
@@ -97,6 +104,20 @@ def test_pictures_and_exports_are_served(open_site: Site, path: str):
         "/thumbnails/..%2f..%2fseen%2fconfig.toml",
         "/thumbnails/config.toml",
         "/drawn/..%2fseen%2fHF_TOKEN",
+        "/reports/linked",
+        "/reports/inside",
+        "/reports/unreported",
+        "/reports/nobody",
+        "/reports/..",
+        "/reports/%2e%2e",
+        "/reports/..%2fruns%2fseen",
+        "/reports/seen%2freport.html",
+        "/reports/seen/config.toml",
+        "/reports/seen/..%2fHF_TOKEN",
+        "/reports/seen%00",
+        "/reports/" + "a" * 300,
+        "/exports/seen/report.html",
+        "/pictures/seen/report.html",
     ],
 )
 def test_nothing_else_is_served(open_site: Site, path: str):
@@ -104,6 +125,15 @@ def test_nothing_else_is_served(open_site: Site, path: str):
     assert status in (403, 404)
     assert b"secret" not in content
     assert b"name =" not in content
+
+
+def test_a_report_is_downloaded_and_never_a_page_of_this_address(open_site: Site):
+    """Which could do here whatever a person can, should someone have written a script into it."""
+    with urllib.request.urlopen(f"{open_site.url}/reports/seen?v=1", timeout=30) as answer:
+        assert answer.read() == (open_site.run("seen").path / "report.html").read_bytes()
+    assert answer.headers["Content-Type"] == "application/octet-stream"
+    assert answer.headers["Content-Disposition"] == 'attachment; filename="seen-report.html"'
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
 @pytest.mark.parametrize("secret", [*SECRETS, "samples/step-000000/00.png", "exports/seen.safetensors"])
@@ -197,7 +227,7 @@ def guarded_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/config", "/gradio_api/info", "/pictures/x/samples/a.png", "/exports/x/exports/a"]
+    "path", ["/", "/config", "/gradio_api/info", "/pictures/x/samples/a.png", "/exports/x/exports/a", "/reports/x"]
 )
 @pytest.mark.parametrize("given", ["", "me:wrong", "other:secret", ":"])
 def test_without_the_password_nothing_is_told(guarded_site: Site, path: str, given: str):

@@ -302,15 +302,15 @@ def test_of_a_long_log_the_end_is_shown(run: RunFolder):
 @pytest.mark.parametrize(
     ("state", "names"),
     [
-        ("new", {"resume", "anew"}),
-        ("queued", {"leave"}),
-        ("preparing", {"stop"}),
-        ("training", {"stop", "save", "sample"}),
-        ("exporting", set()),
-        ("stopped", {"resume", "extend", "anew"}),
-        ("interrupted", {"resume", "anew"}),
-        ("failed", {"again", "anew"}),
-        ("done", {"extend", "anew"}),
+        ("new", {"resume", "anew", "report"}),
+        ("queued", {"leave", "report"}),
+        ("preparing", {"stop", "report"}),
+        ("training", {"stop", "save", "sample", "report"}),
+        ("exporting", {"report"}),
+        ("stopped", {"resume", "extend", "anew", "report"}),
+        ("interrupted", {"resume", "anew", "report"}),
+        ("failed", {"again", "anew", "report"}),
+        ("done", {"extend", "anew", "report"}),
     ],
 )
 def test_buttons_stand_where_they_work(state: Any, names: set[str]):

@@ -33,12 +33,13 @@ from ..trainer.errors import UserError
 from ..trainer.files import user_cache
 from ..trainer.jobs import RunFolder
 from ..trainer.painting.orders import drawn_folder
+from ..trainer.report.page import FILE as REPORT
 from .api import NAMES
 from .app import build
 from .context import Context, is_file
 from .images.saving import Answer, Left, save
 from .theme import ASSETS, theme
-from .urls import CAPTIONS, DRAWN, EXPORTS, PICTURES, THUMBNAILS
+from .urls import CAPTIONS, DRAWN, EXPORTS, PICTURES, REPORTS, THUMBNAILS
 
 LARGEST_UPLOAD = "2gb"
 """Of one file; a folder of images as one zip is seldom as large."""
@@ -56,6 +57,7 @@ _CLOSED = re.compile(
 proxy, recordings, changes of the program, and accounts of its own."""
 _PICTURE = re.compile(r"(samples|compare|exports)/([\w-][\w. -]*/)*[\w-][\w. -]*\.(png|jpg|jpeg|webp)")
 _EXPORT = re.compile(r"exports/([\w-][\w. -]*/)*[\w-][\w. -]*")
+_REPORT = re.compile(re.escape(REPORT))
 _NOT_TO_SHARE = re.compile(r"\.unverified\.|\.rejected$|\.tmp$|\.log$")
 _DRAWN = re.compile(r"[\w-]+\.png")
 _POLICY = (
@@ -258,6 +260,12 @@ def _serve_files(app: FastAPI, context: Context) -> None:
     def export(run: str, path: str) -> FileResponse:
         file = below(run, path, _EXPORT)
         return FileResponse(file, filename=file.name, media_type="application/octet-stream")
+
+    @app.get(REPORTS + "/{run}")
+    def report(run: str) -> FileResponse:
+        """To download, and never as a page of this address, which could do here what a person can."""
+        file = below(run, REPORT, _REPORT)
+        return FileResponse(file, filename=f"{file.parent.name}-{REPORT}", media_type="application/octet-stream")
 
     @app.get(THUMBNAILS + "/{name}")
     def thumbnail(name: str) -> FileResponse:

@@ -8,6 +8,7 @@ from urllib.parse import quote
 from ..trainer.jobs import RunFolder
 
 PICTURES, THUMBNAILS, EXPORTS, DRAWN = "/pictures", "/thumbnails", "/exports", "/drawn"
+REPORTS = "/reports"
 CAPTIONS = "/captions"
 """Where a card sends its caption (`assets/cards.js`)."""
 
@@ -20,6 +21,11 @@ def picture_url(run: RunFolder, file: Path) -> str:
 def export_url(run: RunFolder, file: Path) -> str:
     """A file below a run's `exports/`, to download."""
     return f"{EXPORTS}/{_below(run, file)}"
+
+
+def report_url(run: RunFolder, file: Path) -> str:
+    """The report of a run, to download; another address when it is written anew."""
+    return f"{REPORTS}/{quote(run.name)}?{_version(file)}"
 
 
 def thumbnail_url(thumbnail: Path) -> str:

@@ -19,6 +19,7 @@ from ...trainer.story import CurvePoint, Story, comparable
 from ..context import QUIETLY, Context, told
 from ..html import cell, chip, esc, notice, table
 from ..urls import picture_url
+from .reporting import report_html, report_news, save_report
 
 SECONDS_BETWEEN_ANNOUNCEMENTS = 30
 """A sentence that changes each second would never let who listens to it do anything else."""
@@ -50,6 +51,7 @@ BUTTONS = {
     "extend": Asked("Extend", lambda now: now.state in ("done", "stopped") and now.step > 0),
     "anew": Asked("Start over as a new run", lambda now: not now.is_active and now.state != "queued"),
     "leave": Asked("Take out of the queue", lambda now: now.state == "queued", "stop"),
+    "report": Asked("Save a report", lambda _: True),
 }
 
 
@@ -91,6 +93,7 @@ def running_panel(context: Context) -> Panel:
         shown |= {"mend": mend, "mend_anew": mend_anew, "extension": extension}
         shown |= {f"button {name}": button for name, button in buttons.items() if name != "extend"}
         answer = gr.HTML(padding=False)
+        shown["report"] = gr.HTML(padding=False, visible=False)
         shown["warnings"] = gr.HTML(padding=False, visible=False)
         shown["samples"] = gr.HTML(padding=False, visible=False)
         with gr.Column(visible=False) as shown["curves"]:
@@ -161,6 +164,11 @@ def _sample(context: Context, run: RunFolder) -> str:
     return run.ask_to_sample()
 
 
+def _report(context: Context, run: RunFolder) -> str:
+    del context
+    return save_report(run)
+
+
 def resume(context: Context, run: RunFolder) -> str:
     """Let a run go on from where it was saved."""
     status = run.status(context.stories.of(run))
@@ -209,6 +217,7 @@ _ACTS: dict[str, Callable[..., str]] = {
     "resume": resume,
     "again": resume,
     "extend": extend,
+    "report": _report,
 }
 
 
@@ -240,6 +249,7 @@ def pulse(context: Context, name: str | None) -> tuple[Any, ...]:
         len(story.validations),
         len(story.scores),
         len(story.warnings),
+        report_news(run),
         moment,
     )
 
@@ -270,6 +280,7 @@ def view(context: Context, name: str | None) -> View:
         "panel": (run.name, gr.update(visible=True)),
         "heading": _html(f"<h2>{esc(run.name)} {chip(status.state)}</h2>"),
         "failure": _html(failure_card(run, status) if status.state == "failed" else ""),
+        "report": _html(report_html(run)),
         "warnings": _html(warnings_of(story)),
         "samples": _html(samples_table(run, story)),
         "log fold": (bool(log), gr.update(visible=bool(log))),
