@@ -10,7 +10,7 @@ import pytest
 from lorasmith.trainer import console
 from lorasmith.trainer.bases import POCKET
 from lorasmith.trainer.console import Reporter, length_sentence, print_plan
-from lorasmith.trainer.events import Warned
+from lorasmith.trainer.events import AttentionChosen, Warned
 from lorasmith.trainer.plan import make_plan
 
 
@@ -34,6 +34,17 @@ def test_a_warning_is_shown_as_written(capsys: pytest.CaptureFixture[str]):
     with Reporter() as report:
         report(Warned("look at [bold]:owl:[/].png"))
     assert capsys.readouterr().err == "warning: look at [bold]:owl:[/].png\n"
+
+
+def test_kernels_of_attention_are_told_by_the_number_of_their_shapes(capsys: pytest.CaptureFixture[str]):
+    kernels = ["flash", "sdpa", "flash"]
+    probed = [{"shape": "a shape", "kernel": kernel, "milliseconds": {kernel: 0.5}} for kernel in kernels]
+    known = [{"shape": "a shape", "kernel": kernel} for kernel in kernels]
+    with Reporter() as report:
+        report(AttentionChosen("a [red] card", probed))
+        report(AttentionChosen("a [red] card", known))
+    told = "attention on a [red] card: flash for 2, sdpa for 1 of 3 shapes"
+    assert capsys.readouterr().err == f"{told}, the fastest by a probe\n{told}, as before\n"
 
 
 def test_the_length_says_that_steps_may_be_smaller(short_run):

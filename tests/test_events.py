@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lorasmith.trainer.events import (
+    AttentionChosen,
     Checkpointed,
     Done,
     Event,
@@ -38,6 +39,7 @@ STEP = Step(
 ALL: list[Event] = [
     Phase("encoding images", 1, 4),
     PlanMade(10, 40, {"images": 4}, [{"name": "unet", "modules": 2}], {"sample": 5, "save": 0}),
+    AttentionChosen("a card", [{"shape": "1 x 8 heads", "kernel": "flash", "milliseconds": {"flash": 0.5}}]),
     STEP,
     Sampled(0, "samples/step-000000", ["emoji of cat", "猫 \n second line"]),
     Validated(2, ["0-499", "500-999"], [0.25, 0.5], [0.125, 0.25], 2, 64, "ae0f"),

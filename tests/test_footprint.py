@@ -227,7 +227,7 @@ def test_techniques_are_told_with_their_reasons(
     found = {one["name"]: one for one in make_plan(short_run(**over)).facts()["techniques"]}
     assert {name for name, one in found.items() if not one["on"]} >= off
     assert all(one["why"] for one in found.values())
-    assert len(found) == 9
+    assert len(found) == 10
 
 
 def test_a_probe_measures_the_largest_batch(short_run: Callable[..., RunConfig]):

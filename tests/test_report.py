@@ -27,7 +27,7 @@ from lorasmith.trainer.choosing.choice import (
 )
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.configfile import validate
-from lorasmith.trainer.events import EventLog, Failed, PlanMade, Sampled, Step, Stopped, Warned
+from lorasmith.trainer.events import AttentionChosen, EventLog, Failed, PlanMade, Sampled, Step, Stopped, Warned
 from lorasmith.trainer.files import sha256_of
 from lorasmith.trainer.jobs import RunFolder, create_run
 from lorasmith.trainer.painting.wall import wall_order
@@ -41,6 +41,12 @@ from .command import lorasmith
 from .conftest import draw_picture
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)> emoji of "thing" & \'more\' </p></section>'
+PROBED = {
+    "shape": f"8 heads {HOSTILE}",
+    "kernel": "flash",
+    "milliseconds": {"sdpa": 0.5, "flash": 0.25},
+    "left_out": {"math": f"it is {HOSTILE}"},
+}
 EMPTY = {"br", "img", "meta", "line", "path"}
 """Elements without an end."""
 
@@ -243,8 +249,14 @@ def test_a_run_that_was_not_started_says_what_is_missing(new: RunFolder):
         ([Failed(f"the disk {HOSTILE} is full", 1, f"Make room {HOSTILE}.")], f"Make room {HOSTILE}."),
         ([Warned(f"look {HOSTILE}"), Warned(f"look {HOSTILE}")], f"look {HOSTILE}"),
         ([Sampled(0, "samples/step-000000", [HOSTILE])], "removed"),
+        (
+            [AttentionChosen(HOSTILE, [PROBED])],
+            f"attention on {HOSTILE}: flash for 1 of 1 shapes, the fastest by a probe",
+        ),
+        ([AttentionChosen("a card", [PROBED])], f"math: it is {HOSTILE}"),
+        ([AttentionChosen("a card", [PROBED])], "sdpa 0.5, flash 0.25"),
     ],
-    ids=["interrupted", "stopped", "failed", "warned", "sampled"],
+    ids=["interrupted", "stopped", "failed", "warned", "sampled", "attention", "left out", "times"],
 )
 def test_other_states_are_told(new: RunFolder, events: list, told: str):
     log = EventLog(new.events)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lorasmith.trainer.events import (
+    AttentionChosen,
     Checkpointed,
     Done,
     Event,
@@ -73,6 +74,14 @@ def test_of_a_run_that_was_not_killed_everything_stands(path: Path):
     )
     assert story.warnings == ["a warning"]
     assert story.ended == story.last_word == Done(10, ["exports/x.safetensors"])
+
+
+def test_a_probe_of_attention_ends_its_phase_and_the_newest_stands(path: Path):
+    chosen = [AttentionChosen("a card", [{"shape": "a shape", "kernel": kernel}]) for kernel in ("flash", "sdpa")]
+    story = story_of(path, PlanMade(10, 40), chosen[0], PlanMade(10, 40), Phase("probing attention", 1, 4))
+    assert (story.attention, story.phase) == (chosen[0], Phase("probing attention", 1, 4))
+    story = story_of(path, chosen[1])
+    assert (story.attention, story.phase) == (chosen[1], None)
 
 
 def test_a_step_that_comes_again_supersedes_all_from_it_on(path: Path):

@@ -60,6 +60,10 @@ class TrainState:
     """Fingerprint of what is trained on."""
     base: str = ""
     """Identity of the base model."""
+    attention: dict[str, str] = field(default_factory=dict)
+    """The kernel of each shape of attention, where it was found by a probe."""
+    attention_on: str = ""
+    """On which device, and with which PyTorch."""
     version: int = VERSION
 
 

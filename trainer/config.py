@@ -24,7 +24,7 @@ Init = Literal["default", "gaussian", "pissa", "olora", "eva"]
 Schedule = Literal["constant", "linear", "cosine", "cosine-restarts", "polynomial", "rex", "wsd"]
 Weighting = Literal["none", "min-snr", "soft-min-snr", "debiased"]
 Loss = Literal["mse", "l1", "huber"]
-Attention = Literal["auto", "sdpa", "xformers"]
+Attention = Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers"]
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 
 
@@ -451,7 +451,9 @@ class RuntimeSection(Section):
     precision: Precision = "auto"
     """Precision of the computation; what is trained is kept in fp32. auto: bf16 or fp16 on a GPU, fp32 on a CPU."""
     attention: Attention = "auto"
-    """Attention kernels. auto: PyTorch's own (sdpa). xformers needs an NVIDIA GPU."""
+    """What computes the UNet's attention. auto: on an NVIDIA GPU for each shape the fastest of all these, found by a
+    short probe before the first step; elsewhere as sdpa. sdpa: as PyTorch chooses, without a probe. flash, cudnn,
+    efficient: this kernel of PyTorch for all shapes. xformers, cudnn and efficient need an NVIDIA GPU."""
     fast_lora: bool = True
     """Compute each plain LoRA layer as one function, forward and backward: the same result in less time and memory.
     false: PEFT's own way. Layers of another kind, and with dropout, always go PEFT's way."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,20 @@ from rich.table import Table
 from .choosing.choice import Scores
 from .config import AdapterSection, RunConfig
 from .configfile import Origin
-from .events import Checkpointed, Done, Event, Phase, PlanMade, Sampled, Scored, Step, Stopped, Validated, Warned
+from .events import (
+    AttentionChosen,
+    Checkpointed,
+    Done,
+    Event,
+    Phase,
+    PlanMade,
+    Sampled,
+    Scored,
+    Step,
+    Stopped,
+    Validated,
+    Warned,
+)
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -68,6 +82,8 @@ class Reporter:
             case PlanMade():
                 self.steps = event.steps
                 self._line(trained_sentence(event.parts))
+            case AttentionChosen():
+                self._line(escape(attention_sentence(event)))
             case Step():
                 self.loss = event.loss if self.loss is None else 0.95 * self.loss + 0.05 * event.loss
                 rates = " ".join(f"{name} {rate:.1e}" for name, rate in event.lr.items())
@@ -110,6 +126,14 @@ def trained_sentence(parts: list[dict[str, Any]]) -> str:
         f"training {part['name']}: {part['modules']} modules, {part['parameters']:,} parameters, {_rate(part)}"
         for part in parts
     )
+
+
+def attention_sentence(chosen: AttentionChosen) -> str:
+    """Which kernels are taken for how many shapes."""
+    shapes = Counter(str(one.get("kernel")) for one in chosen.shapes)
+    told = ", ".join(f"{kernel} for {count}" for kernel, count in shapes.most_common())
+    how = "the fastest by a probe" if any(one.get("milliseconds") for one in chosen.shapes) else "as before"
+    return f"attention on {chosen.device}: {told} of {len(chosen.shapes)} shapes, {how}"
 
 
 def validation_sentence(measured: Validated) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, linear, pad, scaled_dot_product_attention
 
+from .attention import Attending, is_plain, level
 from .fastlora import Together
 
 MOST_PIXELS = 128
@@ -41,7 +42,7 @@ def speed_up_on_cpu(unet: Any, latents: int) -> None:
     """Let a frozen UNet on a CPU compute the fast way; `latents` are those of the largest batch, all together."""
     keep_twice = _bytes_of_convolutions(unet) <= MOST_KEPT_TWICE
     for name, module in unet.named_modules():
-        if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0 and _is_plain(module):
+        if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0 and is_plain(module):
             module.set_processor(cast(Any, _ShortAttention(module)))
             module.forward = partial(_attended, module, module.forward)
         elif not isinstance(module, nn.Conv2d) or not _keeps_size(module):
@@ -58,11 +59,7 @@ def speed_up_on_cpu(unet: Any, latents: int) -> None:
 
 def _level(unet: Any, name: str) -> int:
     """How often the sides have been halved where a layer of a residual block stands; 0 elsewhere."""
-    part, _, rest = name.partition(".")
-    last = len(unet.down_blocks) - 1
-    number = int(rest.partition(".")[0]) if part in ("down_blocks", "up_blocks") else 0
-    levels = {"down_blocks": number, "mid_block": last, "up_blocks": last - number}
-    return levels.get(part, 0) if ".resnets." in name else 0
+    return level(unet, name) if ".resnets." in name else 0
 
 
 def _keeps_size(convolution: nn.Conv2d) -> bool:
@@ -177,13 +174,6 @@ def _matrix(weight: Tensor) -> Tensor:
 # attention
 
 
-def _is_plain(attention: Attention) -> bool:
-    """Whether it is softmax(Q K^T / sqrt(d)) V over heads, and nothing else."""
-    further = (attention.group_norm, attention.spatial_norm, attention.norm_cross, attention.norm_q, attention.norm_k)
-    is_further = any(one is not None for one in further) or attention.added_kv_proj_dim is not None
-    return not is_further and not attention.residual_connection and attention.rescale_output_factor == 1.0
-
-
 def _attended(attention: Any, usual: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The forward of an attention with a processor of ours: diffusers' own looks at a processor's parameters at each
     call, which takes longer than a short attention."""
@@ -192,34 +182,18 @@ def _attended(attention: Any, usual: Any, hidden_states: Tensor, *args: Any, **k
     return attention.processor(attention, hidden_states, *args, **kwargs)
 
 
-class _ShortAttention:
-    """An attention processor as diffusers calls it; (batch, tokens, width) to the same."""
+class _ShortAttention(Attending):
+    """Short attention, whose queries, keys and values are one product where that is possible."""
 
     def __init__(self, attention: Attention) -> None:
+        super().__init__(attend)
         projections = [attention.to_q, attention.to_k, attention.to_v]
         alike = projections[1:] if attention.is_cross_attention else projections
         self.together = Together(alike) if Together.can_be(alike) else None
 
-    def __call__(
-        self,
-        attention: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        if attention_mask is not None or hidden_states.dim() != 3:
-            return AttnProcessor2_0()(attention, hidden_states, encoder_hidden_states, attention_mask, temb)
-        asked = self._asked(attention, hidden_states, encoder_hidden_states)
-        query, key, value = (one.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for one in asked)
-        seen = attend(query, key, value).transpose(1, 2).flatten(2)
-        return attention.to_out[1](attention.to_out[0](seen))
-
-    def _asked(self, attention: Any, hidden: Tensor, other: Tensor | None) -> Sequence[Tensor]:
-        """Queries, keys and values, each (batch, tokens, width)."""
+    def asked(self, attention: Any, hidden: Tensor, other: Tensor | None) -> Sequence[Tensor]:
         if self.together is None:
-            read = hidden if other is None else other
-            return attention.to_q(hidden), attention.to_k(read), attention.to_v(read)
+            return super().asked(attention, hidden, other)
         if attention.is_cross_attention:
             return attention.to_q(hidden), *self.together(hidden if other is None else other)
         return self.together(hidden)

@@ -54,6 +54,19 @@ class PlanMade(Event):
 
 
 @dataclass(frozen=True)
+class AttentionChosen(Event):
+    """It was found which kernel is the fastest for each shape of the UNet's attention, or a run that goes on takes what
+    it took before."""
+
+    type: ClassVar[str] = "attention"
+    device: Text
+    """With the version of PyTorch."""
+    shapes: list[dict[Text, Any]]
+    """Of each its `shape`, and the `kernel` that is taken; where it was probed just now, the `milliseconds` of each
+    kernel, and why others were `left_out`."""
+
+
+@dataclass(frozen=True)
 class Step(Event):
     """One optimizer step. `images` counts from the start of the run."""
 
@@ -185,7 +198,10 @@ class Done(Event):
 
 _TYPES: dict[str, type[Event]] = {
     kind.type: kind
-    for kind in (Phase, PlanMade, Step, Sampled, Validated, Scored, Checkpointed, Warned, Failed, Stopped, Done)
+    for kind in (
+        *(Phase, PlanMade, AttentionChosen, Step, Sampled, Validated, Scored, Checkpointed),
+        *(Warned, Failed, Stopped, Done),
+    )
 }
 
 

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import CLIPTokenizer
 
-from ..datasets.buckets import Shot, Size
+from ..datasets.buckets import Shot
 from . import cpukernels
 from .adapter import let_drop
 from .anatomy import skeleton
@@ -35,7 +35,7 @@ from .errors import BaseModelError, first_line
 from .fitting import put_on, trained_parameters
 from .flat import can_be_flat
 from .loop import DTYPES, Denoiser, MixedPrecision, base_dtype, mixed_precision
-from .models import Base, Conditions, Tokens, saved_tokenizer
+from .models import Base, Conditions, Tokens, most_chunks, saved_tokenizer
 from .noise import image_loss
 from .optim import make_optimizer
 from .plan import Plan
@@ -50,8 +50,6 @@ PyTorch's allocator cannot hand out. From other trainers' reports; it was not me
 _PIECE = 2**20
 """Numbers of a trained weight on which the optimizer is tried at most."""
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_LONGEST_CAPTIONS = 20
-"""So many are cut into tokens, to find the one that has most."""
 
 
 @dataclass(frozen=True)
@@ -116,16 +114,11 @@ class Largest:
     def of(cls, plan: Plan) -> Largest:
         """Of the first epoch that has any: an image may come in every other epoch only."""
         batches = next(batches for number in count() if (batches := plan.order.epoch(number)))
-        return max((cls(*_bucket_of(plan, batch[0]), plan.taken_by(batch)) for batch in batches), key=_pixels)
+        return max((cls(*plan.bucket_of(batch[0]), plan.taken_by(batch)) for batch in batches), key=_pixels)
 
     @property
     def images(self) -> int:
         return len(self.shots)
-
-
-def _bucket_of(plan: Plan, shot: Shot) -> Size:
-    buckets = plan.examples[shot.image].entry.buckets
-    return buckets[shot.number % len(buckets)]
 
 
 def _pixels(largest: Largest) -> int:
@@ -139,12 +132,6 @@ def _tokenizer_of(base: Base) -> CLIPTokenizer:
         return saved_tokenizer(base.info, "tokenizer")
     places = base.text_encoders["text_encoder"].config.max_position_embeddings
     return CLIPTokenizer.from_pretrained(POCKET / "tokenizer", model_max_length=places)
-
-
-def _most_chunks(plan: Plan, base: Base) -> int:
-    """The most chunks of tokens that a caption takes."""
-    captions = {caption for example in plan.examples for caption in example.captions} | {""}
-    return max(base.tokenize(sorted(captions, key=len)[-_LONGEST_CAPTIONS:]).chunks)
 
 
 def footprint(plan: Plan, device: Device) -> Footprint:
@@ -179,7 +166,7 @@ class ForeseenRun:
         for module in self.base.components.values():
             module.to(self.dtype)
         self.base.tokenizers = [_tokenizer_of(self.base)] * len(self.base.text_encoders)
-        self.largest, self.chunks = Largest.of(plan), _most_chunks(plan, self.base)
+        self.largest, self.chunks = Largest.of(plan), most_chunks(self.base, plan.captions_read())
         self.weights = {name: _bytes(module) for name, module in self.base.components.items()}
         self.numbers = {name: _numbers(module) for name, module in self.base.components.items()}
         config = self.config

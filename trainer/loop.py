@@ -19,27 +19,34 @@ from typing import Any, Literal, TypeVar, cast
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from ..datasets.buckets import Shot
 from ..datasets.cache import GoneError, LatentCache, MaskCache, TextCache
 from ..datasets.dataset import Example, Showing, showing
+from . import attention
 from .adapter import ADAPTER, adapter_state, let_drop, load_adapter_state, strength, tuner_layers
+from .attention import Chosen, Kernels, Shape, attend_by, choose, kernel_named, place_of, shapes_of
 from .averages import Averages
 from .checkpoint import Checkpoint, TrainState, prune_checkpoints, save_checkpoint
 from .choosing.choice import Scores
 from .config import Precision, RunConfig
 from .errors import Mending, TrainingError
-from .events import Checkpointed, Event, Phase, PlanMade, Sampled, Step, Warned
+from .events import AttentionChosen, Checkpointed, Event, Phase, PlanMade, Sampled, Step, Warned
 from .fitting import parameter_groups, parts, put_on, read_start
 from .flat import Flat, can_be_flat
 from .idle import RATES
 from .initial import look_at_data
 from .jobs import Request, RunFolder
 from .memory import OUT_OF_MEMORY, full_memory_is, is_full, memory_of, parts_of, until_it_fits
-from .models import Base, Conditions, Tokens, load_base
+from .models import Base, Conditions, Tokens, load_base, most_chunks
 from .noise import Draws, add_noise, derive_seed, draw_batch, image_loss, loss_weight, scheduled_huber_c, target_of
 from .optim import effective_rates, load_optimizer, make_optimizer, schedule_factor, set_learning_rates
 from .plan import Plan, prompts_from
@@ -119,6 +126,7 @@ class Trainer:
         self._let_rest()
         self._put_on(afresh=checkpoint is None)
         self._prepare(checkpoint)
+        self._choose_kernels()
         self.drawing = Drawing.of(self.config.sample, plan.base.resolution)
         self.validation = Validation.of(plan, self.latents, self.base.scaling_factor, len(self.alphas_cumprod))
         self.scoring = Scoring.of(plan, self.base.vae, self.drawing)
@@ -353,8 +361,7 @@ class Trainer:
 
     def _prepare(self, checkpoint: Checkpoint | None) -> None:
         config, base = self.config, self.base
-        if config.runtime.attention == "xformers":
-            base.unet.enable_xformers_memory_efficient_attention()
+        self.kernels = self._attend_by_kernels()
         recompute_activations(base, config)
         let_drop(base, config.adapter.drops)
         denoiser = Denoiser(base, config.adapter.trains_text, self._speed_up())
@@ -398,6 +405,41 @@ class Trainer:
         if config.runtime.autocast and self.accelerator.mixed_precision == "no":
             self.emit(Warned("runtime.autocast has no effect: here all is computed in fp32, and nothing is cast"))
         return compute_fast(base, config, self.dtype, self.plan.latents_at_once, base.device.type == "cpu")
+
+    def _attend_by_kernels(self) -> Kernels | None:
+        """Let attention be computed by the kernel that was asked for, or by those that a probe will find; None if it
+        is computed as PyTorch, or `cpu_kernels`, will have it."""
+        asked, device = self.config.runtime.attention, self.accelerator.device
+        if asked == "sdpa" or (asked == "auto" and device.type not in attention.PROBED_ON):
+            return None
+        kernels = Kernels() if asked == "auto" else Kernels(kernel_named(asked).attend)
+        attend_by(self.base.unet, kernels)
+        return kernels
+
+    def _choose_kernels(self) -> None:
+        """Find the fastest kernel of attention for each shape of the steps to come. A run that goes on takes what it
+        took before, so that it computes as if it had not been interrupted."""
+        if self.kernels is None or self.config.runtime.attention != "auto":
+            return
+        device, state = self.accelerator.device, self.state
+        where = place_of(device)
+        known = state.attention if state.attention_on == where else {}
+        found: list[Chosen] = []
+        if self.accelerator.is_main_process:
+            shapes, tell = self._shapes_of_attention(), self._progress("probing attention")
+            for number, one in enumerate(choose(shapes, known, device)):
+                tell(number + 1, len(shapes))
+                found.append(one)
+        [found] = broadcast_object_list([found])
+        self.kernels.take(found)
+        state.attention, state.attention_on = known | {one.shape.words: one.kernel for one in found}, where
+        self.emit(AttentionChosen(where, [one.facts() for one in found]))
+
+    def _shapes_of_attention(self) -> list[Shape]:
+        base, dtype = self.base, DTYPES[mixed_precision(self.config.runtime.precision)]
+        chunks = most_chunks(base, self.plan.captions_read())
+        texts = [base.tokenizers[0].model_max_length * count for count in range(1, chunks + 1)]
+        return shapes_of(base.unet, self.plan.kinds_of_batches(), texts, dtype)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Put back what a checkpoint holds. Whether the run may go on from it has been decided before."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -262,6 +262,15 @@ class Base:
 
 def _token_ids(tokenizer: CLIPTokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids  # pyright: ignore[reportReturnType]
+
+
+def most_chunks(base: Base, captions: Iterable[str]) -> int:
+    """The most chunks of tokens that a caption takes."""
+    return max(base.tokenize(sorted(captions, key=len)[-_LONGEST_CAPTIONS:]).chunks)
+
+
+_LONGEST_CAPTIONS = 20
+"""So many are cut into tokens, to find the one that has most."""
 
 
 def fingerprint(module: nn.Module) -> str:

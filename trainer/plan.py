@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..datasets.buckets import BatchOrder, BucketRules, Fit, Shot, fit, images_by_step
+from ..datasets.buckets import BatchOrder, BucketRules, Fit, Shot, Size, fit, images_by_step
 from ..datasets.captions import CaptionRules, has_wildcard
 from ..datasets.dataset import Example, Source, bucket_counts, load_examples, tag_frequency
 from ..datasets.sidecars import METADATA
@@ -20,7 +21,7 @@ from ..datasets.workers import Progress
 from .bases import BaseInfo, anchored_base, inspect_base
 from .clients.table import FORM_OF, unread_by
 from .config import DataSection, RunConfig
-from .errors import ConfigError, LorasmithError, Problem, UserError, first_line
+from .errors import ConfigError, LorasmithError, Problem, UserError
 from .files import user_cache, writable
 from .heldout import bands_of, hold_out
 from .optim import warnings_of, with_own_betas
@@ -193,6 +194,24 @@ class Plan:
         pictures = 2 if self.rated and self.rated.worse else 1
         return self.config.budget.batch * pictures * largest // self.base.vae_factor**2
 
+    def bucket_of(self, shot: Shot) -> Size:
+        """Of the view that is shown."""
+        buckets = self.examples[shot.image].entry.buckets
+        return buckets[shot.number % len(buckets)]
+
+    def kinds_of_batches(self) -> set[tuple[int, Size]]:
+        """Of those to come: how many pictures, and their width and height in latents."""
+        factor, kinds = self.base.vae_factor, set[tuple[int, Size]]()
+        for batches in islice(self.order.steps(self.batches_per_step), self.step, self.steps):
+            for batch in batches:
+                width, height = self.bucket_of(batch[0])
+                kinds.add((len(self.taken_by(batch)), (width // factor, height // factor)))
+        return kinds
+
+    def captions_read(self) -> set[str]:
+        """All that may be read in training, also the empty one."""
+        return {"", *(caption for example in self.examples for caption in example.captions)}
+
     @property
     def shows_per_epoch(self) -> float:
         return sum(example.entry.shows for example in self.examples)
@@ -360,6 +379,7 @@ def _foreseen(info: BaseInfo, config: RunConfig, afresh: bool) -> tuple[list[Par
     from .techniques import fast_share
 
     base = foreseen_base(info, config, afresh)
+    check_attention(config, base.unet)
     return parts(base, config), fast_share(base)
 
 
@@ -419,33 +439,40 @@ def check_devices(config: RunConfig) -> None:
     """Settings that this computer cannot honour.
 
     Raises:
-        ConfigError: xformers or fp16 without an NVIDIA GPU.
+        ConfigError: without an NVIDIA GPU, what needs one.
     """
     runtime = config.runtime
-    if runtime.attention != "xformers" and runtime.precision != "fp16":
+    asked = {"attention": runtime.attention, "precision": runtime.precision}
+    if not set(asked.values()) & _NEED_A_GPU:
         return
     import torch
 
-    if not torch.cuda.is_available():
-        setting, value = ("attention", "xformers") if runtime.attention == "xformers" else ("precision", "fp16")
-        what = f"{value} needs an NVIDIA GPU, and this computer has none"
-        raise ConfigError(what, f"runtime.{setting}", f'Set runtime.{setting} = "auto".')
-    if runtime.attention == "xformers":
-        _try_xformers()
+    for setting, value in asked.items():
+        if value in _NEED_A_GPU and not torch.cuda.is_available():
+            what = f"{value} needs an NVIDIA GPU, and this computer has none"
+            raise ConfigError(what, f"runtime.{setting}", f'Set runtime.{setting} = "auto".')
 
 
-def _try_xformers() -> None:
-    """One small attention, because an xformers that was built for another PyTorch imports and then fails."""
+_NEED_A_GPU = {"xformers", "cudnn", "efficient", "fp16"}
+
+
+def check_attention(config: RunConfig, unet: Any) -> None:
+    """A kernel that was asked for is tried on the heads of this UNet, which may be of shapes alone.
+
+    Raises:
+        ConfigError: if it cannot run.
+    """
+    name = config.runtime.attention
+    if name in ("auto", "sdpa"):
+        return
     import torch
 
-    try:
-        from xformers.ops import memory_efficient_attention
+    from .attention import refuse_unfit
+    from .device import kind_here
+    from .loop import DTYPES, mixed_precision
 
-        query = torch.zeros(1, 2, 1, 40, device="cuda", dtype=torch.float16)
-        memory_efficient_attention(query, query, query)
-    except (ImportError, NotImplementedError, RuntimeError) as error:
-        what = f"xformers does not work here: {first_line(error)}"
-        raise ConfigError(what, "runtime.attention", 'Set runtime.attention = "auto".') from error
+    if name not in _NEED_A_GPU or torch.cuda.is_available():  # else `check_devices` tells
+        refuse_unfit(name, unet, DTYPES[mixed_precision(config.runtime.precision)], torch.device(kind_here()))
 
 
 def check_folders(config: RunConfig) -> None:

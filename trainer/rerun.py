@@ -102,6 +102,8 @@ def _planned(config: RunConfig, folder: Path, steps: int) -> Plan:
     config = config.model_copy(deep=True)
     config.runs, config.runtime.cache = str(folder / "runs"), str(folder / "cache")
     config.save, config.sample = SaveSection(every=steps), SampleSection(every=0)
+    if config.runtime.attention == "auto":  # two probes may find two kernels, which round otherwise
+        config.runtime.attention = "sdpa"
     config.validation.patience, config.export.checkpoint = 0, "last"
     plan = make_plan(config)
     batches = islice(plan.order.steps(plan.batches_per_step), 2 * steps)

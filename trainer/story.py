@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from .events import (
+    AttentionChosen,
     Checkpointed,
     Done,
     Failed,
@@ -82,6 +83,7 @@ class Story:
         self.scored_seconds = array("d")
         """How long a picture took that was drawn and scored, each time but the first, when others are drawn as well."""
         self.plan: PlanMade | None = None
+        self.attention: AttentionChosen | None = None
         self.phase: Phase | None = None
         """What goes on now besides steps."""
         self.ended: Done | Stopped | Failed | None = None
@@ -166,6 +168,9 @@ class Story:
             case PlanMade():
                 self.plan, self.phase, self.ended = event, None, None
                 self._steps_since_start = 0
+            case AttentionChosen():
+                self.attention = event
+                self._end_phase(record.time)
             case Warned(message):
                 self.warnings.append(message)
             case Done() | Stopped() | Failed():

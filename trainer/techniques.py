@@ -47,6 +47,7 @@ def techniques(config: RunConfig, on_gpu: bool, precision: MixedPrecision, fast:
     yield _fast_lora(config, fast)
     yield _no_autocast(config, precision, fast)
     yield _flat_optimizer(config)
+    yield _attention(config, on_gpu)
     yield _cpu_kernels(config, on_gpu)
     yield _channels_last(config, on_gpu)
     yield _cached_images()
@@ -96,6 +97,19 @@ def _flat_optimizer(config: RunConfig) -> Technique:
     }
     left_out = "adapter.module_dropout leaves out single matrices"
     return Technique(name, False, next((reason for reason, holds in reasons.items() if holds), left_out))
+
+
+def _attention(config: RunConfig, on_gpu: bool) -> Technique:
+    name, asked = "attention by shape", config.runtime.attention
+    if asked == "sdpa":
+        return Technique(name, False, "runtime.attention is sdpa: PyTorch chooses")
+    if asked != "auto":
+        return Technique(name, False, f"runtime.attention is {asked}, which is taken for all shapes")
+    if not on_gpu:
+        return Technique(name, False, "on a CPU cpu_kernels has a rule that was measured")
+    if kind_here() == "mps":
+        return Technique(name, False, "kernels are tried on NVIDIA GPUs alone")
+    return Technique(name, True, "a probe before the first step finds the fastest kernel for each shape")
 
 
 def _cpu_kernels(config: RunConfig, on_gpu: bool) -> Technique:

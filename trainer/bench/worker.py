@@ -21,7 +21,7 @@ import torch
 
 from ..config import RunConfig
 from ..errors import LorasmithError, TrainingError, first_line
-from ..events import Event, Phase, Warned
+from ..events import AttentionChosen, Event, Phase, Warned
 from ..loop import Emit
 from ..memory import is_full, memory_of
 from .figures import Lap, groups
@@ -146,6 +146,8 @@ class Worker:
                 case Warned():
                     self.warnings.append(said.message)
                     self._tell(Warned(f"{self.name}: {said.message}"))
+                case AttentionChosen():
+                    self._tell(replace(said, device=f"{said.device} ({self.name})"))
                 case LorasmithError():
                     raise said
                 case _:
@@ -192,7 +194,7 @@ def _work(pipe: Connection, make: Make, config: RunConfig, threads: int, began: 
 
 def _serve(pipe: Connection, make: Make, config: RunConfig, threads: int, began: float) -> None:
     def emit(event: Event) -> None:
-        if isinstance(event, Phase | Warned):
+        if isinstance(event, Phase | Warned | AttentionChosen):
             pipe.send(event)
 
     if threads or not torch.accelerator.is_available():

@@ -9,14 +9,14 @@ from typing import Any
 
 from ..config import settings
 from ..configfile import REQUIRED, leaves
-from ..console import what_is_trained
+from ..console import attention_sentence, what_is_trained
 from .facts import RunFacts
 from .words import Words, folded, missing, pairs, paragraph, section, table
 
 
 def plan(facts: RunFacts) -> str:
     """The plan as it was made when the run started last, and the settings."""
-    return section("plan", "Plan and settings", _plan(facts), _techniques(facts), *_settings(facts))
+    return section("plan", "Plan and settings", _plan(facts), _techniques(facts), _attention(facts), *_settings(facts))
 
 
 def _plan(facts: RunFacts) -> str:
@@ -57,6 +57,26 @@ def _techniques(facts: RunFacts) -> str:
         for one in facts.plan.get("techniques", [])
     ]
     return f"<h3>What makes it fast and lean</h3>{table(('technique', '', 'why'), rows)}" if rows else ""
+
+
+def _attention(facts: RunFacts) -> str:
+    """Which kernel computes which shape, where it was found by a probe."""
+    chosen, say = facts.story.attention, facts.say
+    if not chosen:
+        return ""
+    rows = [
+        (say(one.get("shape")), say(one.get("kernel")), say(_times(one)), say(_reasons(one))) for one in chosen.shapes
+    ]
+    head = ("shape", "kernel", "milliseconds, forward and backward", "left out")
+    return f"<h3>Attention</h3>{paragraph(say(attention_sentence(chosen)))}{table(head, rows)}"
+
+
+def _times(one: dict[str, Any]) -> str:
+    return ", ".join(f"{kernel} {taken:.3g}" for kernel, taken in one.get("milliseconds", {}).items())
+
+
+def _reasons(one: dict[str, Any]) -> str:
+    return "; ".join(f"{kernel}: {why}" for kernel, why in one.get("left_out", {}).items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
