@@ -414,10 +414,13 @@ def test_rows_of_two_computers_never_share_a_table(page: Path):
     performance.make_ready(is_whole=True, document=page)
 
 
-def test_every_row_can_be_measured(tmp_path: Path):
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_every_row_can_be_measured(tmp_path: Path, has_gpu: bool, monkeypatch: pytest.MonkeyPatch):
     """Also those of a setting that comes later: each switches one technique, and both sides are valid runs."""
     from tools import performance
 
+    monkeypatch.setattr(performance.torch.cuda, "is_available", lambda: has_gpu)
+    assert ("cuda_graphs" in performance.techniques()) == has_gpu
     rows = performance.rows()
     assert len({row.name for row in rows}) == len(rows)
     switched = dict.fromkeys(performance.techniques(), 0)

@@ -251,6 +251,10 @@ def _xformers(file: Path, pictures: Path) -> list[str]:
     return ["--set", "runtime.attention=xformers"]
 
 
+def _graphs(file: Path, pictures: Path) -> list[str]:
+    return ["--set", "runtime.cuda_graphs=true"]
+
+
 def _idle_part(file: Path, pictures: Path) -> list[str]:
     return ["--set", "optimizer.text_encoder_lr=0"]
 
@@ -269,6 +273,7 @@ MISTAKES = {
     "no such base": (_no_base, ["base.model", "models/none", "Hub"]),
     "unwritable output": (_unwritable, ["occupied", "runs", "you may write to"]),
     "xformers without a GPU": (_xformers, ["runtime.attention", "NVIDIA", '"auto"']),
+    "CUDA graphs without a GPU": (_graphs, ["runtime.cuda_graphs", "NVIDIA", "runtime.cuda_graphs = false"]),
     "a part that would not learn": (_idle_part, ["optimizer.text_encoder_lr", "adapter.text_encoder = false"]),
     "a caption that would be ignored": (_orphan, ["nobody.txt", "without an image", "remove it"]),
 }
@@ -278,7 +283,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_gets_one_clear_error_and_leaves_nothing(mistake: str, command: str, config: Path, pictures: Path):
     make, words = MISTAKES[mistake]
-    if mistake == "xformers without a GPU":
+    if mistake.endswith("without a GPU"):
         import torch
 
         if torch.cuda.is_available():

@@ -286,6 +286,19 @@ def test_losses_and_weights_are_the_same_with_and_without_each_technique(short: 
             torch.testing.assert_close(changed[name], weight, rtol=0, atol=2e-4, msg=f"{technique}: {name}")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_steps_as_cuda_graphs_learn_what_steps_one_by_one_learn(short: Callable[..., RunConfig], precision: str):
+    """A GPU adds up in any order, so that numbers are alike and no more; with CPUs tests/test_stepgraph.py is exact."""
+    losses, weights, _ = trained(short("plain", precision=precision))
+    found, changed, trainer = trained(short("graphs", precision=precision, cuda_graphs=True))
+    assert trainer.graphs is not None
+    assert all(trainer.graphs.steps.values())
+    assert found == pytest.approx(losses, rel=1e-4 if precision == "fp32" else 2e-2)
+    for name, weight in weights.items():
+        torch.testing.assert_close(changed[name], weight, rtol=0, atol=2e-4 if precision == "fp32" else 2e-3)
+
+
 def test_bf16_without_autocast_is_as_near_to_fp32_as_with_it(short: Callable[..., RunConfig]):
     exact, _, _ = trained(short("fp32"))
     lean, _, trainer = trained(short("lean", precision="bf16"))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
@@ -36,8 +37,9 @@ _ALONE_ON = ("pocket", "sd15")
 _STEPS_OF_A_SMALL_ONE = 40
 """Steps of a tenth of a second: five of them would be over before anything evens out."""
 _OFF_IS_THE_TECHNIQUE = ("autocast",)
-_ONLY_WITH = {"autocast": ("fast_lora",)}
+_ONLY_WITH = {"autocast": ("fast_lora",), "cuda_graphs": ("flat_optimizer",)}
 """Techniques that do nothing without others."""
+_NEEDS_A_GPU = ("cuda_graphs",)
 
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -117,9 +119,11 @@ def rows() -> list[Row]:
 
 
 def techniques() -> dict[str, bool]:
-    """The switches of `[runtime]`, each with the value that switches a technique on; a new one needs no word here."""
+    """The switches of `[runtime]` that can be measured here, each with the value that switches a technique on; a new
+    one needs no word here."""
     switches = [name for name, field in RuntimeSection.model_fields.items() if field.annotation is bool]
-    return {name: name not in _OFF_IS_THE_TECHNIQUE for name in switches}
+    there = switches if torch.cuda.is_available() else [name for name in switches if name not in _NEEDS_A_GPU]
+    return {name: name not in _OFF_IS_THE_TECHNIQUE for name in there}
 
 
 def _alone(technique: str, on: str) -> Row:

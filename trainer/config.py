@@ -474,6 +474,9 @@ class RuntimeSection(Section):
     checkpointed_blocks: int = Field(default=0, ge=0, le=100)
     """With `gradient_checkpointing`: of how many blocks of the UNet, those first whose feature maps are largest, which
     keep most. The others cost no more time. 0: of all, and of text encoders that are trained."""
+    cuda_graphs: bool = False
+    """Record each optimizer step of a size of batch once and replay it as a CUDA graph: a small batch then waits for
+    no Python, and the graphs keep their memory. Not tried on a GPU yet. For AdamW and one process alone."""
     vae_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the VAE. fp32 is exact; below it encoding is faster, and an image that overflows is encoded anew in
     fp32."""

@@ -61,6 +61,20 @@ ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 """Settings by the one setting, and the values of it, with which they have an effect."""
 
+CAPTURED_WITH: dict[str, tuple[Any, ...]] = {
+    "adapter.kind": ("lora", "dora", "lokr"),  # of the others each step makes constants, or looks at what it solved
+    "adapter.dropout": (0.0,),
+    "adapter.rank_dropout": (0.0,),
+    "adapter.module_dropout": (0.0,),
+    "optimizer.kind": ("adamw",),
+    "preference.start": ("",),
+    "runtime.flat_optimizer": (True,),
+    "runtime.gradient_checkpointing": (False,),
+    "runtime.precision": ("auto", "bf16", "fp32"),
+}
+"""What a step must be like to be a CUDA graph: it always does the same, draws nothing from PyTorch's own generators,
+and nothing of it waits for the GPU."""
+
 OF_SWITCHES: dict[str, tuple[tuple[str, ...], str]] = {
     "prior_loss_weight": (("regularization",), "data.regularization = true"),
     "caption_separator": (_TAGS, "data.shuffle_caption = true"),
@@ -109,6 +123,8 @@ def dropped_by(switch: str, value: Any) -> Iterator[str]:
         yield RATE_OF[switch]
     if switch == "runtime.precision" and value == "fp32":
         yield "runtime.autocast"
+    if value not in CAPTURED_WITH.get(switch, (value,)):
+        yield "runtime.cuda_graphs"
     if switch == "optimizer.kind" and str(value).lower() in RATE_FREE:
         yield from RATE_OF.values()
 
@@ -122,6 +138,7 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
     yield from _idle_of_data(config)
     yield from _idle_formats(config)
     yield from _idle_preference(config)
+    yield from _uncaptured(config)
     yield from _contradictions(config)
 
 
@@ -232,6 +249,18 @@ def _idle_preference(config: RunConfig) -> Iterator[Problem]:
         if len(data.resolutions) > 1:
             what = "are several, and a pair is shown in one size (preference.start)"
             yield Problem(f"data.{number}.resolution", what, "Leave one.")
+
+
+def _uncaptured(config: RunConfig) -> Iterator[Problem]:
+    """What no CUDA graph can hold."""
+    if not config.runtime.cuda_graphs:
+        return
+    others = [dotted for dotted, values in CAPTURED_WITH.items() if _value(config, dotted) not in values]
+    if others:
+        reasons = " and ".join(f"{dotted} is {_shown(_value(config, dotted))}" for dotted in others)
+        fixes = " and ".join(f"{dotted} = {_shown(CAPTURED_WITH[dotted][0])}" for dotted in others)
+        fix = f"Set runtime.cuda_graphs = false, or {fixes}."
+        yield Problem("runtime.cuda_graphs", f"cannot be had, because {reasons}", fix)
 
 
 def _contradictions(config: RunConfig) -> Iterator[Problem]:

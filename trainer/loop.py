@@ -33,6 +33,7 @@ from ..datasets.cache import GoneError, LatentCache, MaskCache, TextCache
 from ..datasets.dataset import Example, Showing, showing
 from . import attention
 from .adapter import ADAPTER, adapter_state, let_drop, load_adapter_state, strength, tuner_layers
+from .arrears import Arrears, Figures, Taken
 from .attention import Chosen, Kernels, Shape, attend_by, choose, kernel_named, place_of, shapes_of
 from .averages import Averages
 from .checkpoint import Checkpoint, TrainState, prune_checkpoints, save_checkpoint
@@ -44,6 +45,7 @@ from .fitting import parameter_groups, parts, put_on, read_start
 from .flat import Flat, can_be_flat
 from .idle import RATES
 from .initial import look_at_data
+from .inputs import Inputs
 from .jobs import Request, RunFolder
 from .memory import OUT_OF_MEMORY, full_memory_is, is_full, memory_of, parts_of, until_it_fits
 from .models import Base, Conditions, Tokens, load_base, most_chunks
@@ -56,6 +58,7 @@ from .sample import Drawing, draw, drawn_like, save_previews
 from .scoring import Scoring
 from .shelf import Shelf
 from .speed import compute_fast, recompute_activations
+from .stepgraph import StepGraphs
 from .story import DRAWING, SAVING, SCORING, VALIDATING
 from .validation import Validation
 
@@ -93,7 +96,7 @@ class Trainer:
     """One run: its base, what is trained of it, optimizer and state."""
 
     def __init__(self, plan: Plan, run: RunFolder, emit: Emit, checkpoint: Checkpoint | None = None) -> None:
-        self.plan, self.config, self.run, self.emit = plan, plan.config, run, emit
+        self.plan, self.config, self.run, self.tell = plan, plan.config, run, emit
         precision = mixed_precision(self.config.runtime.precision)
         handlers: list[Any] = [InitProcessGroupKwargs(timeout=_LONGEST_WAIT)]
         if self.config.adapter.module_dropout:  # an adapter that is left out in a step gets no gradient
@@ -116,7 +119,8 @@ class Trainer:
                 "Start them with: torchrun --nproc_per_node N -m lorasmith.trainer.cli train FILE",
             )
         self.skipped = 0
-        emit(Phase("loading the base"))
+        self.arrears = Arrears(self.accelerator.device)
+        self.emit(Phase("loading the base"))
         vae_dtype = DTYPES[mixed_precision(self.config.runtime.vae_precision)]
         self.dtype = base_dtype(self.config, precision)
         self.base = load_base(plan.base, self.dtype, self.accelerator.device, vae_dtype)
@@ -139,7 +143,7 @@ class Trainer:
         Raises:
             TrainingError: if the loss is not finite; the last checkpoint stands.
         """
-        with self._encoders(resting=True):
+        with self._encoders(resting=True), self._all_told():
             return self._train(should_stop)
 
     def _train(self, should_stop: Callable[[], bool]) -> Outcome:
@@ -154,7 +158,8 @@ class Trainer:
 
         steps = islice(self.plan.order.steps(self.plan.batches_per_step), self.state.step, self.plan.steps)
         for batches in steps:
-            self._report(*self.train_step(batches))
+            if not (self.graphs and self._replay_step(self.graphs, batches)):
+                self._report(*self.train_step(batches))
 
             # once in a while, or because someone asks: measure, preview, then save
             last, asked = self.state.step == self.plan.steps, self._requests()
@@ -188,44 +193,90 @@ class Trainer:
         Returns the mean loss, the norm of the gradients before clipping, the learning rates, and the seconds it took.
         """
         started = time.perf_counter()
-        optimizer, max_norm = self.config.optimizer, self.config.optimizer.max_grad_norm or math.inf
-        factor = schedule_factor(optimizer, self.state.step, self.plan.steps)
-        set_learning_rates(self.optimizer, self.base_rates, factor)
+        self._set_rates()
 
         loss = self._finite("loss", self._gradients(batches), batches)
-        norm = self._finite_norm(self.accelerator.clip_grad_norm_(self.optimized, max_norm), batches)
+        norm = self._finite_norm(self._clip(), batches)
         self._change_weights()
         self._finite("norm of the weights", get_total_norm(self.optimized), batches)
 
+        self._count(batches)
+        return loss, norm, effective_rates(self.optimizer), time.perf_counter() - started
+
+    def _replay_step(self, graphs: StepGraphs, batches: list[list[Shot]]) -> bool:
+        """Take the same step as one CUDA graph, and tell of it later. False, and nothing is changed, if it is none."""
+        started, rates = time.perf_counter(), self._set_rates()
+        inputs = [self._read(shots, first) for first, shots in parts_of(batches, self._at_once(batches))]
+        figures = graphs.take(inputs, rates)
+        if figures is None:
+            self._tell_steps()
+            return False
+        self.averages.update()
+        self._count(batches)
+        self.arrears.add(Taken(self.state.step, self.state.images, batches, rates, started), figures)
+        if self.arrears.are_due:
+            self._tell_steps()
+        return True
+
+    def _step_on(self, inputs: Sequence[Inputs]) -> Tensor:
+        """What a graph records: a step on the parts of its batches. Its figures, as `Figures` has them, (3,)."""
+        losses = [partial(self._error_of, self.denoiser, part) for part in inputs]
+        loss = self._added_up(losses, len(inputs), sum(part.images for part in inputs))
+        norm = self._clip()
+        self.optimizer.step()
+        self._zero_grad()
+        return torch.stack([loss, norm, get_total_norm(self.optimized)])
+
+    def _set_rates(self) -> list[float]:
+        """Set the learning rates of the next step."""
+        factor = schedule_factor(self.config.optimizer, self.state.step, self.plan.steps)
+        return set_learning_rates(self.optimizer, self.base_rates, factor)
+
+    def _clip(self) -> Tensor:
+        """Limit the norm of all gradients; returns what it was."""
+        most = self.config.optimizer.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.optimized, most)
+        return torch.zeros(()) if norm is None else norm
+
+    def _count(self, batches: list[list[Shot]]) -> None:
         self.state.step += 1
         self.state.images += sum(map(len, batches))
-        return loss, norm, effective_rates(self.optimizer), time.perf_counter() - started
 
     def _gradients(self, batches: list[list[Shot]]) -> Tensor:
         """Make the gradients of all images of a step; returns their mean loss. Where the memory is full, batches are
         halved from then on."""
-        largest = max(map(len, batches))
         if self.accelerator.num_processes > 1:  # one that halved alone would be waited for by the others
-            return self._accumulated(batches, largest)
-        at_once = min(self.state.at_once or largest, largest)
+            return self._accumulated(batches, max(map(len, batches)))
+        at_once = self._at_once(batches)
         loss, fitting = until_it_fits(partial(self._accumulated, batches), at_once, self._zero_grad)
         if fitting < at_once:
             self.state.at_once = fitting
             self.emit(Warned(self._told_of_halves(fitting)))
         return loss
 
+    def _at_once(self, batches: list[list[Shot]]) -> int:
+        """How many images of a batch are taken at a time, as far as is known."""
+        largest = max(map(len, batches))
+        return min(self.state.at_once or largest, largest)
+
     def _accumulated(self, batches: list[list[Shot]], at_once: int) -> Tensor:
         """Add up the gradients of all images of a step, of so many at a time; returns their mean loss."""
-        accelerator, images = self.accelerator, sum(map(len, batches))
         parts = parts_of(batches, at_once)
-        mine = parts[accelerator.process_index :: accelerator.num_processes]
+        mine = parts[self.accelerator.process_index :: self.accelerator.num_processes]
+        losses = [partial(self._loss, shots, first) for first, shots in mine]
+        return self._added_up(losses, len(parts), sum(map(len, batches)))
+
+    def _added_up(self, mine: Sequence[Callable[[], Tensor]], parts: int, images: int) -> Tensor:
+        """Add up the gradients of the losses of this process's parts; returns the mean loss of all images. `parts` and
+        `images` are those of all processes."""
+        accelerator = self.accelerator
         accelerator.step, accelerator.gradient_accumulation_steps = 0, len(mine)  # steps differ in their parts
         total = torch.zeros((), device=accelerator.device)
-        for first, shots in mine:
+        for losses_of in mine:
             with accelerator.accumulate(self.denoiser):
-                losses = self._loss(shots, first)
+                losses = losses_of()
                 # accelerate takes the mean over accumulated parts and over processes: undo it, and divide by images
-                accelerator.backward(losses.sum() * len(parts) / images)
+                accelerator.backward(losses.sum() * parts / images)
                 total = total + losses.detach().sum()
         return self._sum(total) / images
 
@@ -244,10 +295,18 @@ class Trainer:
 
     def _loss(self, shots: Sequence[Shot], first: int) -> Tensor:
         """The loss of each image of a batch of this step."""
-        examples = [self.plan.examples[shot.image] for shot in self.plan.taken_by(shots)]
-        return self._from_caches(lambda: self.loss(shots, self.state.step, first), examples)
+        return self._from_caches(lambda: self.loss(shots, self.state.step, first), self._examples_of(shots))
 
-    def _from_caches(self, work: Callable[[], Tensor], examples: Sequence[Example]) -> Tensor:
+    def _read(self, shots: Sequence[Shot], first: int) -> Inputs:
+        """What the loss of a batch of this step is made of, in the computer's memory."""
+        places = range(first, first + len(shots))
+        drawn = partial(self._drawn, shots, self.state.step, places)
+        return self._from_caches(lambda: self._inputs(*drawn()), self._examples_of(shots))
+
+    def _examples_of(self, shots: Sequence[Shot]) -> list[Example]:
+        return [self.plan.examples[shot.image] for shot in self.plan.taken_by(shots)]
+
+    def _from_caches(self, work: Callable[[], Measured], examples: Sequence[Example]) -> Measured:
         """What is made of some images; what the caches hold of these no more is made anew."""
         try:
             return work()
@@ -280,17 +339,27 @@ class Trainer:
 
     def _weighted(self, denoiser: nn.Module, shown: list[Showing], drawn: Draws) -> Tensor:
         """The weighted error of each image, (batch,), of all processes or of this one alone."""
-        prediction, objective, alphas_cumprod = self.plan.base.prediction, self.config.objective, self.alphas_cumprod
-        target = target_of(prediction, drawn.x0, drawn.eps, drawn.t, alphas_cumprod)
-        weight = loss_weight(objective.weighting, prediction, drawn.t, alphas_cumprod, objective.min_snr_gamma)
-        weight = weight * torch.tensor([one.example.source.loss_weight for one in shown])
-        huber_c = scheduled_huber_c(objective.huber_schedule, objective.huber_c, drawn.t, alphas_cumprod)
-        mask = self.masks.read(shown, drawn.x0.shape)
+        return self._error_of(denoiser, self._inputs(shown, drawn).to(self.accelerator.device))
 
-        device = self.accelerator.device
-        predicted = denoiser(*self._seen(shown, drawn))
-        mask = None if mask is None else mask.to(device)
-        return weight.to(device) * image_loss(objective.loss, predicted, target.to(device), huber_c.to(device), mask)
+    def _error_of(self, denoiser: nn.Module, inputs: Inputs) -> Tensor:
+        predicted, loss = denoiser(*inputs.seen), self.config.objective.loss
+        return inputs.weight * image_loss(loss, predicted, inputs.target, inputs.huber_c, inputs.mask)
+
+    def _inputs(self, shown: list[Showing], drawn: Draws) -> Inputs:
+        """All that the error of each image is made of, in the computer's memory."""
+        prediction, objective, alphas_cumprod = self.plan.base.prediction, self.config.objective, self.alphas_cumprod
+        noisy = add_noise(drawn.x0, drawn.shown_eps, drawn.t, alphas_cumprod)
+        weight = loss_weight(objective.weighting, prediction, drawn.t, alphas_cumprod, objective.min_snr_gamma)
+        return Inputs(
+            noisy=noisy.to(self.dtype),
+            t=drawn.t,
+            text=self._text(drop_captions(shown, drawn.caption)),
+            sizes=torch.tensor([one.view.sizes for one in shown], dtype=torch.float32),
+            target=target_of(prediction, drawn.x0, drawn.eps, drawn.t, alphas_cumprod),
+            weight=weight * torch.tensor([one.example.source.loss_weight for one in shown]),
+            huber_c=scheduled_huber_c(objective.huber_schedule, objective.huber_c, drawn.t, alphas_cumprod),
+            mask=self.masks.read(shown, drawn.x0.shape),
+        )
 
     def _drawn(self, shots: Sequence[Shot], step: int, places: Sequence[int]) -> tuple[list[Showing], Draws]:
         """The images of a batch, and all that is random about them, from the place of each in its step."""
@@ -299,14 +368,6 @@ class Trainer:
         mean, std = self.latents.read(shown)
         objective, total = self.config.objective, len(self.alphas_cumprod)
         return shown, draw_batch(mean, std, self.base.scaling_factor, objective, total, seeds)
-
-    def _seen(self, shown: list[Showing], drawn: Draws) -> tuple[Tensor, Tensor, Tokens | Conditions, Tensor]:
-        """What the denoiser is given of a batch."""
-        noisy = add_noise(drawn.x0, drawn.shown_eps, drawn.t, self.alphas_cumprod)
-        text = self._text(drop_captions(shown, drawn.caption))
-        sizes = torch.tensor([one.view.sizes for one in shown])
-        device, dtype = self.accelerator.device, self.dtype
-        return noisy.to(device, dtype), drawn.t.to(device), text, sizes.to(device, torch.float32)
 
     # -- preparation --------------------------------------------------------------------------------------------------
 
@@ -351,7 +412,8 @@ class Trainer:
             for name, layer in tuner_layers(module)
         }
         shots = islice(self.plan.order.steps(1), _LOOKED_AT)
-        batches = [self._seen(*self._drawn(batch, step, range(len(batch)))) for step, [batch] in enumerate(shots)]
+        read = [self._inputs(*self._drawn(batch, step, range(len(batch)))) for step, [batch] in enumerate(shots)]
+        batches = [inputs.to(self.accelerator.device).seen for inputs in read]
         denoiser = Denoiser(self.base, self.config.adapter.trains_text)
         progress = self._progress("looking for the directions of the data")
         others = look_at_data(layers, batches, lambda batch: denoiser(*batch), ADAPTER, progress)
@@ -390,6 +452,9 @@ class Trainer:
             self._restore(checkpoint)
             if checkpoint.state.steps != self.plan.steps:
                 self.state.not_lower = 0  # who wants more of a run that has ended early gets it
+        self.graphs = None
+        if config.runtime.cuda_graphs:
+            self.graphs = StepGraphs(self._step_on, optimizer, self.accelerator.device, self._warn)
         facts = self.plan.facts() | {"dataset": self.plan.dataset_facts()}
         every = {
             "sample": config.sample.every,
@@ -462,24 +527,23 @@ class Trainer:
     def _text(self, captions: list[str]) -> Tokens | Conditions:
         """Token ids for text encoders that are trained, cached conditions for frozen ones."""
         if self.config.adapter.trains_text:
-            return self.base.tokenize(captions).to(self.accelerator.device)
-        return self.text.read(captions).to(self.accelerator.device, self.dtype)
+            return self.base.tokenize(captions)
+        return self.text.read(captions).to(self.dtype)
 
     def _finite(self, what: str, value: Tensor, batches: list[list[Shot]]) -> Tensor:
         """The value, if it is a number; else a `TrainingError` that names the files of the step."""
         if not value.isfinite():
-            raise self._not_finite(what, value, batches)
+            raise self._not_finite(what, value.item(), batches)
         return value
 
-    def _finite_norm(self, norm: Tensor | None, batches: list[list[Shot]]) -> Tensor:
+    def _finite_norm(self, norm: Tensor, batches: list[list[Shot]]) -> Tensor:
         """The gradients' norm, if it is a number. fp16's gradient scaler looks for itself, and skips such a step."""
-        norm = torch.zeros(()) if norm is None else norm
         return norm if self.accelerator.scaler is not None else self._finite("gradient", norm, batches)
 
-    def _not_finite(self, what: str, value: Tensor, batches: list[list[Shot]]) -> TrainingError:
+    def _not_finite(self, what: str, value: float, batches: list[list[Shot]]) -> TrainingError:
         files = ", ".join(self.plan.examples[shot.image].name for batch in batches for shot in batch)
         return TrainingError(
-            f"the {what} of step {self.state.step + 1} is {value.item()}; its images: {files}",
+            f"the {what} of step {self.state.step + 1} is {value}; its images: {files}",
             str(self.run.path),
             "The last checkpoint stands. Start a new run with a lower optimizer.lr, or with bf16 or fp32.",
             Mending(anew=tuple(f"optimizer.{key}={rate / 3:.1g}" for key, rate in self._rates().items() if rate)),
@@ -514,19 +578,52 @@ class Trainer:
                 Mending(overrides=("runtime.precision=fp32",)),
             )
 
-    def _report(self, loss: Tensor, norm: Tensor, rates: list[float], seconds: float) -> None:
+    def _report(self, loss: Tensor | float, norm: Tensor | float, rates: list[float], seconds: float) -> None:
+        """Tell of the step at which the state stands."""
         names = [group["name"] for group in self.optimizer.param_groups]
-        self.emit(
+        self.tell(
             Step(
                 step=self.state.step,
                 images=self.state.images,
-                loss=round(loss.item(), 6),
+                loss=round(float(loss), 6),
                 grad_norm=round(float(norm), 6),
                 lr=dict(zip(names, rates, strict=True)),
                 seconds=round(seconds, 4),
                 memory_mib=round(memory_in_use(self.accelerator.device) / 2**20, 1),
             )
         )
+
+    def emit(self, event: Event) -> None:
+        """Tell what happens, after all steps that were taken before it. As drawing, measuring and saving are told when
+        they begin, none of them begins with a number that is not finite."""
+        self._tell_steps()
+        self.tell(event)
+
+    def _warn(self, what: str) -> None:
+        self.emit(Warned(what))
+
+    def _tell_steps(self) -> None:
+        """Tell the steps that the device has taken meanwhile.
+
+        Raises:
+            TrainingError: if a number of one is not finite; the state then stands before it.
+        """
+        told, seconds = self.arrears.read()
+        for taken, figures in told:
+            self.state.step, self.state.images = taken.step - 1, taken.images - sum(map(len, taken.batches))
+            for what, value in zip(Figures.NAMES, astuple(figures), strict=True):
+                if not math.isfinite(value):
+                    raise self._not_finite(what, value, taken.batches)
+            self._count(taken.batches)
+            self._report(figures.loss, figures.grad_norm, taken.rates, seconds)
+
+    @contextmanager
+    def _all_told(self) -> Iterator[None]:
+        """After the block, however it ends, no step waits to be told."""
+        try:
+            yield
+        finally:
+            self._tell_steps()
 
     def _sample(self, untouched: bool = False) -> None:
         """Draw the previews of this step, or those of the untouched base, which are kept as step 0."""

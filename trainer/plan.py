@@ -283,6 +283,8 @@ class Plan:
         else:
             yield from unread_by(FORM_OF[self.config.adapter.kind])
         yield from warnings_of(self.config)
+        if self.config.runtime.cuda_graphs:
+            yield "runtime.cuda_graphs has not been tried on a GPU yet, and the graphs' memory is not in the estimate."
         if self.base.zero_terminal_snr and "min-snr" in self.config.objective.weighting:
             weighting = self.config.objective.weighting
             yield f'{weighting} gives the last time-step, pure noise, no weight. Set objective.weighting = "none".'
@@ -439,9 +441,11 @@ def check_devices(config: RunConfig) -> None:
     """Settings that this computer cannot honour.
 
     Raises:
-        ConfigError: without an NVIDIA GPU, what needs one.
+        ConfigError: without an NVIDIA GPU, what needs one; and CUDA graphs where no step can be one.
     """
     runtime = config.runtime
+    if runtime.cuda_graphs:
+        _check_graphs(config)
     asked = {"attention": runtime.attention, "precision": runtime.precision}
     if not set(asked.values()) & _NEED_A_GPU:
         return
@@ -454,6 +458,22 @@ def check_devices(config: RunConfig) -> None:
 
 
 _NEED_A_GPU = {"xformers", "cudnn", "efficient", "fp16"}
+
+
+def _check_graphs(config: RunConfig) -> None:
+    """What a configuration that knows no computer cannot tell of them."""
+    import torch
+
+    from .loop import mixed_precision
+
+    where, off = "runtime.cuda_graphs", "Set runtime.cuda_graphs = false"
+    if not torch.cuda.is_available():
+        raise ConfigError("needs an NVIDIA GPU, and this computer has none", where, f"{off}.")
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ConfigError(f"is for one process, and {processes} train together", where, f"{off}, or start one.")
+    if mixed_precision(config.runtime.precision) == "fp16":
+        what = "cannot be had in fp16, which this GPU computes in: its gradients are looked at in each step"
+        raise ConfigError(what, where, f'{off}, or runtime.precision = "fp32".')
 
 
 def check_attention(config: RunConfig, unet: Any) -> None:

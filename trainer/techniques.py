@@ -54,6 +54,7 @@ def techniques(config: RunConfig, on_gpu: bool, precision: MixedPrecision, fast:
     yield _cached_captions(config)
     yield _resting_encoders(config, on_gpu)
     yield _gradient_checkpointing(config)
+    yield _cuda_graphs(config, on_gpu)
 
 
 def _fast_lora(config: RunConfig, fast: float) -> Technique:
@@ -156,3 +157,11 @@ def _gradient_checkpointing(config: RunConfig) -> Technique:
         why = f"activations {whose}are computed again in the backward pass: less memory, more time"
         return Technique(name, True, why)
     return Technique(name, False, "it costs a third more time; lorasmith plan --vram says when memory needs it")
+
+
+def _cuda_graphs(config: RunConfig, on_gpu: bool) -> Technique:
+    name = "cuda_graphs"
+    if config.runtime.cuda_graphs:
+        return Technique(name, True, "a step is recorded once for each form of batch, and then launched by one call")
+    why = "runtime.cuda_graphs is false, for it has not been tried on a GPU yet"
+    return Technique(name, False, why if on_gpu else "without a GPU there are none")
