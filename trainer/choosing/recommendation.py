@@ -7,6 +7,9 @@
    these captions, and all that are as near but for noise, have learned best.
 4. Of these the one with most style is recommended: what is learned shows less on other prompts than on captions. Of
    several with all of it the one that comes nearest.
+5. A run whose last checkpoint knows its images by heart, and shows clearly less of the style elsewhere, is overfitted:
+   what it learned at last is these images. Then of those with nearly the most style the one trained shortest is
+   recommended.
 
 Where no captions can be drawn, all with nearly the most style are equal, for the score is no finer than that; of these,
 all that keep their prompts nearly best are, and the one with most style is recommended.
@@ -31,6 +34,10 @@ LOST = 0.25
 of other things 0.05."""
 ABOUT_AS_NEAR = 0.01
 """Of the likeness: less makes no difference to anyone."""
+BY_HEART = 0.95
+"""Of the likeness: pictures of training captions are the training images."""
+ELSEWHERE = 0.25
+"""By so much less than the likeness is the style on other prompts where images were learned and not their style."""
 NEARLY = 0.1
 """Of the style score: by about so much it depends on which four prompts are drawn."""
 CLEARLY = 0.05
@@ -63,7 +70,7 @@ def recommend(cells: Sequence[JudgedCell], knows_style: bool = True, is_leak: bo
     """Of all cells but the base; `knows_style` is false if the base's own pictures are in the style already, and
     `is_leak` true if no prompt asks for the style."""
     last = max(cells, key=lambda cell: (cell.step, -abs(cell.strength - 1)))
-    is_overfitted = copies(last)
+    is_overfitted = copies(last) or knows_by_heart(last)
     if not knows_style:
         what = "the base's own pictures are as near to the training images as these are to each other"
         return Verdict(None, f"No cell is recommended, because {what}, so that no gain can be told.", is_overfitted)
@@ -72,13 +79,14 @@ def recommend(cells: Sequence[JudgedCell], knows_style: bool = True, is_leak: bo
     looked_at = [cell for cell in contenders(cells) if cell.likeness]
     if looked_at:
         learned = best_learned(looked_at)
-        best = max(learned, key=lambda cell: (_style(cell), fmean(cell.likeness)))
-        return Verdict(best, _reason(best, _why_learned(best, learned), last, is_overfitted), is_overfitted)
+        equal = trained_shortest(learned) if knows_by_heart(last) else learned
+        best = max(equal, key=lambda cell: (_style(cell), fmean(cell.likeness)))
+        return Verdict(best, _reason(best, _why_learned(best, learned, equal), last), is_overfitted)
     styled = with_most_style(sorted(cells, key=lambda cell: (cell.strength, cell.step)))
     if not styled:
         return Verdict(None, _all_copy(cells), is_overfitted)
     best = keeping_most(styled)
-    return Verdict(best, _reason(best, _why_kept(best, styled), last, is_overfitted), is_overfitted)
+    return Verdict(best, _reason(best, _why_kept(best, styled), last), is_overfitted)
 
 
 def contenders(cells: Sequence[JudgedCell]) -> list[JudgedCell]:
@@ -99,6 +107,14 @@ def _is_about_as_near(cell: JudgedCell, nearest: JudgedCell) -> bool:
     behind = [mine - theirs for mine, theirs in zip(nearest.likeness, cell.likeness, strict=True)]
     error = stdev(behind) / math.sqrt(len(behind)) if len(behind) > 1 else 0.0
     return fmean(behind) <= max(ABOUT_AS_NEAR, error)
+
+
+def trained_shortest(cells: Sequence[JudgedCell]) -> list[JudgedCell]:
+    """Of those with nearly the most style, those of the earliest checkpoint."""
+    most = max(map(_style, cells))
+    styled = [cell for cell in cells if _style(cell) >= most - NEARLY]
+    first = min(cell.step for cell in styled)
+    return [cell for cell in styled if cell.step == first]
 
 
 def best_of(judged: Sequence[AnyJudged]) -> AnyJudged | None:
@@ -140,6 +156,15 @@ def copies(judged: Judged) -> bool:
     return judged.scores.copying > limit_of(judged)
 
 
+def knows_by_heart(cell: JudgedCell) -> bool:
+    """Whether its pictures of training captions are the training images, while others have clearly less of the
+    style."""
+    if not cell.likeness:
+        return False
+    likeness = fmean(cell.likeness)
+    return likeness >= BY_HEART and likeness - _style(cell) >= ELSEWHERE
+
+
 def limit_of(judged: Judged) -> float:
     """What the mean of pictures that copy nothing rarely exceeds: it spreads less the more they are."""
     return max(LIMIT, len(judged.pictures) ** -0.5)
@@ -165,10 +190,15 @@ def _all_copy(cells: Sequence[JudgedCell]) -> str:
     )
 
 
-def _why_learned(best: JudgedCell, learned: Sequence[JudgedCell]) -> list[str]:
+def _why_learned(best: JudgedCell, learned: Sequence[JudgedCell], equal: Sequence[JudgedCell]) -> list[str]:
+    """`learned` come as near as any, and of these those that are `equal` stand to be chosen."""
     near = f"its pictures of training captions come {fmean(best.likeness):.2f} of the way to the images that have them"
-    as_any = f"as near as any, and of {len(learned)} such cells it has" if len(learned) > 1 else "nearest of all, with"
-    return [near, f"{as_any} {best.scores.style:.2f} of the style on other prompts"]
+    told, elsewhere = "nearest of all, with", f"{best.scores.style:.2f} of the style on other prompts"
+    if len(learned) > 1:
+        told = f"as near as any, and of {len(learned)} such cells it has"
+    if len(equal) < len(learned):
+        told = f"as near as any, and of {len(learned)} such cells none was trained shorter and has about as much as its"
+    return [near, f"{told} {elsewhere}"]
 
 
 def _why_kept(best: JudgedCell, styled: Sequence[JudgedCell]) -> list[str]:
@@ -181,10 +211,13 @@ def _why_kept(best: JudgedCell, styled: Sequence[JudgedCell]) -> list[str]:
     return said
 
 
-def _reason(best: JudgedCell, why: list[str], last: JudgedCell, is_overfitted: bool) -> str:
+def _reason(best: JudgedCell, why: list[str], last: JudgedCell) -> str:
     said = [f"{best.title.capitalize()} is recommended: {why[0]}", *why[1:]]
     if best.scores.style < LITTLE:
         said.append("which is little, so train longer or at a higher rate")
-    if is_overfitted:
+    if copies(last):
         said.append(f"while {last.title} draws training images (copying {last.scores.copying:.2f}): it is overfitted")
+    elif knows_by_heart(last):
+        by_heart = f"while {last.title} knows the training images by heart ({fmean(last.likeness):.2f} of the way)"
+        said.append(f"{by_heart} and has {last.scores.style:.2f} of the style elsewhere: it is overfitted")
     return ", ".join(said) + "."
