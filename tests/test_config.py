@@ -139,6 +139,7 @@ FULL = {
         "attention": "sdpa",
         "gradient_checkpointing": True,
         "checkpointed_blocks": 3,
+        "compile": True,
         "cache": "/tmp/ca che",
     },
 }

@@ -214,7 +214,7 @@ def test_what_fits_in_no_way_is_one_error_with_numbers(roomy: Plan):
 @pytest.mark.parametrize(
     ("over", "off"),
     [
-        (UNET_ALONE, {"channels_last", "gradient_checkpointing", "cuda_graphs"}),
+        (UNET_ALONE, {"channels_last", "compile", "gradient_checkpointing", "cuda_graphs"}),
         ({"runtime": {"cpu_kernels": False}}, {"cpu_kernels", "cached captions"}),
         ({"adapter": {"dropout": 0.1}, "runtime": {"precision": "bf16"}}, {"fast_lora", "no autocast"}),
         ({"optimizer": {"kind": "lion"}, "adapter": {"kind": "loha"}}, {"fast_lora", "flat_optimizer"}),

@@ -469,6 +469,10 @@ class RuntimeSection(Section):
     channels_last: bool = False
     """Keep the UNet's convolutions in the order of memory that some kernels prefer. Measure it with `lorasmith bench`:
     it pays on some cards, and costs on others. On a CPU it takes the place of `cpu_kernels`."""
+    compile: bool = False
+    """Compile the blocks of transformers that the UNet repeats: the same result but for rounding, in less time a step.
+    Compiling itself takes a minute or more before the first step, so it pays in long runs. It needs a compiler: on a
+    CPU one of C++, on a GPU Triton. Previews and measures are computed without, for each would be another shape."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     checkpointed_blocks: int = Field(default=0, ge=0, le=100)

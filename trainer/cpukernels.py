@@ -38,11 +38,14 @@ TINY = 2**13
 takes two thirds of the time of products in bf16."""
 
 
-def speed_up_on_cpu(unet: Any, latents: int) -> None:
-    """Let a frozen UNet on a CPU compute the fast way; `latents` are those of the largest batch, all together."""
+def speed_up_on_cpu(unet: Any, latents: int, attention: bool = True) -> None:
+    """Let a frozen UNet on a CPU compute the fast way; `latents` are those of the largest batch, all together. Without
+    `attention` its convolutions alone do."""
     keep_twice = _bytes_of_convolutions(unet) <= MOST_KEPT_TWICE
     for name, module in unet.named_modules():
-        if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0 and is_plain(module):
+        if isinstance(module, Attention):
+            if not attention or type(module.processor) is not AttnProcessor2_0 or not is_plain(module):
+                continue
             module.set_processor(cast(Any, _ShortAttention(module)))
             module.forward = partial(_attended, module, module.forward)
         elif not isinstance(module, nn.Conv2d) or not _keeps_size(module):

@@ -319,6 +319,9 @@ def _contradictions(config: RunConfig) -> Iterator[Problem]:
     if config.runtime.autocast and config.runtime.precision == "fp32":
         what = 'has no effect, because runtime.precision is "fp32": nothing is cast'
         yield Problem("runtime.autocast", what, 'Remove it, or set runtime.precision = "bf16".')
+    if config.runtime.compile and config.runtime.attention == "xformers":
+        what = "cannot compile xformers' attention, and no part of a block is left out"
+        yield Problem("runtime.compile", what, 'Remove it, or set runtime.attention = "auto".')
     if optimizer.schedule == "wsd" and optimizer.warmup + optimizer.schedule_decay > 1:
         what = "and optimizer.warmup are more than the whole run"
         yield Problem("optimizer.schedule_decay", what, "Lower one of the two.")

@@ -38,7 +38,9 @@ from .attention import Chosen, Kernels, Shape, attend_by, choose, kernel_named, 
 from .averages import Averages
 from .checkpoint import Checkpoint, TrainState, prune_checkpoints, save_checkpoint
 from .choosing.choice import Scores
+from .compiled import batches_of_each_shape, compile_blocks, compiler_told, try_compiler, uncompiled
 from .config import Precision, RunConfig
+from .device import kind_here
 from .errors import Mending, TrainingError
 from .events import AttentionChosen, Checkpointed, Event, Phase, PlanMade, Sampled, Step, Warned
 from .fitting import parameter_groups, parts, put_on, read_start
@@ -118,6 +120,8 @@ class Trainer:
                 "accelerate",
                 "Start them with: torchrun --nproc_per_node N -m lorasmith.trainer.cli train FILE",
             )
+        if self.config.runtime.compile:
+            try_compiler(kind_here())
         self.skipped = 0
         self.arrears = Arrears(self.accelerator.device)
         self.emit(Phase("loading the base"))
@@ -143,7 +147,8 @@ class Trainer:
         Raises:
             TrainingError: if the loss is not finite; the last checkpoint stands.
         """
-        with self._encoders(resting=True), self._all_told():
+        told = compiler_told(str(self.run.path)) if self.to_compile else nullcontext()
+        with self._encoders(resting=True), self._all_told(), told:
             return self._train(should_stop)
 
     def _train(self, should_stop: Callable[[], bool]) -> Outcome:
@@ -156,6 +161,7 @@ class Trainer:
         if self._agree(should_stop()):
             return self._stop()
 
+        self._compile()
         steps = islice(self.plan.order.steps(self.plan.batches_per_step), self.state.step, self.plan.steps)
         for batches in steps:
             if not (self.graphs and self._replay_step(self.graphs, batches)):
@@ -469,7 +475,19 @@ class Trainer:
         config, base = self.config, self.base
         if config.runtime.autocast and self.accelerator.mixed_precision == "no":
             self.emit(Warned("runtime.autocast has no effect: here all is computed in fp32, and nothing is cast"))
-        return compute_fast(base, config, self.dtype, self.plan.latents_at_once, base.device.type == "cpu")
+        needs_autocast = compute_fast(base, config, self.dtype, self.plan.latents_at_once, base.device.type == "cpu")
+        self.to_compile = batches_of_each_shape(self.plan) if config.runtime.compile else []
+        if self.to_compile:
+            compile_blocks(base.unet, len(self.to_compile))
+        return needs_autocast
+
+    def _compile(self) -> None:
+        """Have what is to be compiled compiled for each shape of the run, in an order that a resume does not change.
+        What does not fit into memory is left to the steps, which halve their batches."""
+        for number, shots in enumerate(self.to_compile if self.state.step < self.plan.steps else []):
+            self.emit(Phase("compiling", number, len(self.to_compile)))
+            _if_it_fits(lambda shots=shots: self._loss(shots, 0).sum().backward())
+            self._zero_grad()
 
     def _attend_by_kernels(self) -> Kernels | None:
         """Let attention be computed by the kernel that was asked for, or by those that a probe will find; None if it
@@ -748,7 +766,7 @@ class Trainer:
         """Within the block the live model is what files hold: averaged, where averages exist, and without dropout."""
         let_drop(self.base, False)
         try:
-            with self.averages.swapped_in():
+            with self.averages.swapped_in(), uncompiled(self.config.runtime.compile):
                 yield
         finally:
             let_drop(self.base, self.config.adapter.drops)

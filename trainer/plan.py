@@ -20,6 +20,7 @@ from ..datasets.views import Augmentation
 from ..datasets.workers import Progress
 from .bases import BaseInfo, anchored_base, inspect_base
 from .clients.table import FORM_OF, unread_by
+from .compiled import REPAYS_AFTER, check_compiler
 from .config import DataSection, RunConfig
 from .errors import ConfigError, LorasmithError, Problem, UserError
 from .files import user_cache, writable
@@ -81,6 +82,11 @@ class Plan:
     def taken_by(self, shots: Sequence[Shot]) -> tuple[Shot, ...]:
         """All showings that a batch takes: of a pair, both."""
         return tuple(self.rated.with_the_worse(shots)[0] if self.rated else shots)
+
+    def bucket_of(self, shot: Shot) -> Size:
+        """Width and height in which an image is shown."""
+        buckets = self.examples[shot.image].entry.buckets
+        return buckets[shot.number % len(buckets)]
 
     @property
     def batches_per_step(self) -> int:
@@ -194,11 +200,6 @@ class Plan:
         pictures = 2 if self.rated and self.rated.worse else 1
         return self.config.budget.batch * pictures * largest // self.base.vae_factor**2
 
-    def bucket_of(self, shot: Shot) -> Size:
-        """Of the view that is shown."""
-        buckets = self.examples[shot.image].entry.buckets
-        return buckets[shot.number % len(buckets)]
-
     def kinds_of_batches(self) -> set[tuple[int, Size]]:
         """Of those to come: how many pictures, and their width and height in latents."""
         factor, kinds = self.base.vae_factor, set[tuple[int, Size]]()
@@ -285,6 +286,9 @@ class Plan:
         yield from warnings_of(self.config)
         if self.config.runtime.cuda_graphs:
             yield "runtime.cuda_graphs has not been tried on a GPU yet, and the graphs' memory is not in the estimate."
+        if self.config.runtime.compile and self.steps < REPAYS_AFTER:
+            told = "runtime.compile takes a minute or more before the first step"
+            yield f"{told}, which {self.steps} steps seldom win back. Set it to false."
         if self.base.zero_terminal_snr and "min-snr" in self.config.objective.weighting:
             weighting = self.config.objective.weighting
             yield f'{weighting} gives the last time-step, pure noise, no weight. Set objective.weighting = "none".'
@@ -341,6 +345,7 @@ def make_plan(config: RunConfig, progress: Progress | None = None, afresh: bool 
     problems: list[Problem] = []
     base = _collect(problems, lambda: base_of(config))
     _collect(problems, lambda: check_devices(config))
+    _collect(problems, lambda: check_compiler(config))
     _collect(problems, lambda: check_folders(config))
     _collect(problems, lambda: check_optimizer(config))
     _collect(problems, lambda: check_resolutions(config, base))

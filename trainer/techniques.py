@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .adapter import tuner_layers
+from .compiled import REPAYS_AFTER
 from .config import RunConfig
 from .device import kind_here
 from .fastlora import speed_up
@@ -50,6 +51,7 @@ def techniques(config: RunConfig, on_gpu: bool, precision: MixedPrecision, fast:
     yield _attention(config, on_gpu)
     yield _cpu_kernels(config, on_gpu)
     yield _channels_last(config, on_gpu)
+    yield _compile(config, fast)
     yield _cached_images()
     yield _cached_captions(config)
     yield _resting_encoders(config, on_gpu)
@@ -121,6 +123,8 @@ def _cpu_kernels(config: RunConfig, on_gpu: bool) -> Technique:
         return Technique(name, False, "runtime.cpu_kernels is false")
     if runtime.channels_last:
         return Technique(name, False, "runtime.channels_last takes its place")
+    if runtime.compile:
+        return Technique(name, True, "small convolutions are products of matrices; attention is compiled instead")
     return Technique(name, True, "small convolutions and short attention are products of matrices, faster on a CPU")
 
 
@@ -129,6 +133,14 @@ def _channels_last(config: RunConfig, on_gpu: bool) -> Technique:
         return Technique("channels_last", True, "runtime.channels_last is true")
     pays = "it pays on some cards and costs on others: measure it with lorasmith bench"
     return Technique("channels_last", False, pays if on_gpu else "on a CPU cpu_kernels gains more")
+
+
+def _compile(config: RunConfig, fast: float) -> Technique:
+    name, pays = "compile", f"a minute or more before the first step, which pays from about {REPAYS_AFTER} steps on"
+    if not config.runtime.compile:
+        return Technique(name, False, f"it would take {pays}: measure it with lorasmith bench")
+    within = ", fast LoRA layers within them," if config.runtime.fast_lora and fast else ""
+    return Technique(name, True, f"the UNet's repeated blocks{within} are compiled: {pays}")
 
 
 def _cached_images() -> Technique:
