@@ -1,10 +1,10 @@
 """`python -m tools.preferences`: does a run learn what a rater prefers, and keep its style?
 
 The example style is trained on the pocket base, and draws prompts that are not held out, each with a few seeds. A
-simulated rater prefers one of each two pictures by a number that can be measured, how dark, light or warm it is, and
-says so in a file of ratings. `lorasmith refine` learns from it. Then both runs draw the held-out concepts:
-by how much has the number moved, in units of its spread there, and what is left of the style? Some minutes on two free
-cores; what is trained and drawn is kept, and not done again.
+simulated rater (`tools/raters.py`) prefers one of each two pictures by a number that can be measured, such as how dark
+or warm it is, and says so in a file of ratings. `lorasmith refine` learns from it. Then both runs draw the held-out
+concepts: by how much has the number moved, in units of its spread there, and what is left of the style? Some minutes on
+two free cores; what is trained and drawn is kept, and not done again.
 """
 
 from __future__ import annotations
@@ -36,27 +36,10 @@ from lorasmith.trainer.release import Trained
 from lorasmith.trainer.sample import Drawing, contact_sheet, draw, save_previews
 from lorasmith.trainer.score import StyleMeasure, colour_layout_distance
 
+from .raters import RATERS
+
 PARENT = "rated"
 SHOWN = 16
-
-
-def warmth(picture: Image.Image) -> float:
-    """Mean of red minus blue, -1 to 1."""
-    pixels = np.asarray(picture.convert("RGB"), dtype=np.float64) / 255
-    return float((pixels[..., 0] - pixels[..., 2]).mean())
-
-
-def lightness(picture: Image.Image) -> float:
-    """Mean of red, green and blue, 0 to 1."""
-    return float(np.asarray(picture.convert("RGB"), dtype=np.float64).mean() / 255)
-
-
-def darkness(picture: Image.Image) -> float:
-    """1 minus the lightness."""
-    return 1 - lightness(picture)
-
-
-RATERS: dict[str, Callable[[Image.Image], float]] = {"warmth": warmth, "lightness": lightness, "darkness": darkness}
 
 
 @dataclass(frozen=True)
