@@ -140,6 +140,7 @@ FULL = {
         "gradient_checkpointing": True,
         "checkpointed_blocks": 3,
         "compile": True,
+        "base_weights": "int8",
         "cache": "/tmp/ca che",
     },
 }

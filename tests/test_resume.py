@@ -84,6 +84,8 @@ COMBINATIONS: dict[str, Settings] = {
         "adapter": {"train_only": ["unet.mid_block", "text_encoder_2"]},
     },
     "frozen text encoder": {"adapter": {"text_encoder": False}, "optimizer": {"text_encoder_lr": 0.0}},
+    "a base in 8 bits": {"runtime": {"base_weights": "int8"}},
+    "a base in 4 bits": {"runtime": {"base_weights": "nf4"}},
     "running average": {"optimizer": {"ema_decay": 0.9}},
     "running average, two text encoders, dropout": {
         "base": "sdxl",

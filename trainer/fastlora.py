@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from .adapter import ADAPTER, tuner_layers
+from .fewbits import FewBitsLinear
 
 _FEW = 2**16
 """Up to so many numbers of an input on a CPU, the two thin products are taken in the precision of A and B: in bf16 a
@@ -36,7 +37,7 @@ def speed_up(component: nn.Module) -> int:
 def _is_plain(layer: LoraLinear) -> bool:
     """Whether y = W x + b + scale B A x is all that the layer does, while its adapter is on."""
     return (
-        type(layer.get_base_layer()) is nn.Linear
+        type(layer.get_base_layer()) in (nn.Linear, FewBitsLinear)
         and not layer.fan_in_fan_out
         and list(layer.lora_A) == [ADAPTER]
         and ADAPTER not in layer.lora_variant
@@ -65,7 +66,8 @@ class _Fast:
         if args or kwargs or not self.is_on:
             return self.peft_forward(x, *args, **kwargs)
         pair = cast(Tensor, self.down.weight), cast(Tensor, self.up.weight)
-        return cast(Tensor, _LoraLinears.apply(x, self.base.weight, self.base.bias, self.scale, *pair))
+        frozen = self.base if isinstance(self.base, FewBitsLinear) else self.base.weight
+        return cast(Tensor, _LoraLinears.apply(x, frozen, self.base.bias, self.scale, *pair))
 
 
 class Together:
@@ -85,9 +87,8 @@ class Together:
     @staticmethod
     def can_be(layers: Sequence[Any]) -> bool:
         bases = [getattr(layer, "base_layer", layer) for layer in layers]
-        are_alike = len({getattr(base, "weight", torch.empty(0)).shape for base in bases}) == 1
         plain = (type(base) is nn.Linear and base.bias is None and not base.weight.requires_grad for base in bases)
-        return are_alike and all(plain)
+        return all(plain) and len({base.weight.shape for base in bases}) == 1
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         fast = [layer.forward for layer in self.layers if type(layer.forward) is _Fast and layer.forward.is_on]
@@ -105,19 +106,23 @@ class Together:
 
 class _LoraLinears(torch.autograd.Function):
     """y = x W^T + b + scale (x A^T) B^T of a frozen W (out, in), for A (rank, in) and B (out, rank) in fp32; for
-    several A and B, each B changes its share of the outputs.
+    several A and B, each B changes its share of the outputs. Where a layer keeps W in few bits, it is given in place of
+    W, makes it in either direction, and is all that is kept of it.
 
     The products are taken in the precision of W, as under autocast, or better. With g the gradient of y and
     h = scale g B: dx = g W + h A, dA = h^T x, dB = scale g^T (x A^T) (Hu et al. 2022, section 4.1, differentiated).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, *pairs: Tensor) -> Tensor:
-        rows = x.to(weight.dtype).reshape(-1, x.shape[-1])
+    def forward(
+        ctx: Any, x: Tensor, frozen: Tensor | FewBitsLinear, bias: Tensor | None, scale: float, *pairs: Tensor
+    ) -> Tensor:
+        rows = x.to(frozen.dtype).reshape(-1, x.shape[-1])
         thin = _thin(rows, pairs[0])
         ups = pairs[1::2]
         low = (rows.to(thin) @ _one(pairs[0::2]).to(thin).T).mul_(scale)
-        y = linear(rows, weight, bias)
+        ctx.layer, weight = (frozen, None) if isinstance(frozen, FewBitsLinear) else (None, frozen)
+        y = linear(rows, cast(Tensor, weight if ctx.layer is None else ctx.layer.weight), bias)
         for part, own, up in zip(_parts(y, ups, 0), _parts(low, ups, 1), ups, strict=True):
             _add_product(part, own, up.to(thin).T)
         ctx.save_for_backward(rows, low, weight, *pairs)
@@ -129,7 +134,7 @@ class _LoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, low, weight, *pairs = ctx.saved_tensors
         downs, ups = pairs[0::2], pairs[1::2]
-        g = gradients[0].to(weight.dtype).reshape(-1, weight.shape[0])
+        g = gradients[0].to(rows.dtype).reshape(-1, gradients[0].shape[-1])
         thin_g = g.to(low.dtype)
         shares = _parts(thin_g, ups, 0)
         h = _one([share @ up.to(low.dtype) for share, up in zip(shares, ups, strict=True)], 1).mul_(ctx.scale)
@@ -139,7 +144,7 @@ class _LoraLinears(torch.autograd.Function):
         d_pairs = [gradient for pair in zip(d_downs, d_ups, strict=True) for gradient in pair]
         if not ctx.needs_input_grad[0]:  # as of cross-attention's keys and values: captions learn nothing
             return None, None, None, None, *d_pairs
-        dx = g @ weight
+        dx = g @ (weight if ctx.layer is None else ctx.layer.weight)
         _add_product(dx, h, _one(downs).to(low.dtype))
         return dx.view(ctx.shape).to(ctx.dtype), None, None, None, *d_pairs
 

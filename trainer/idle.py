@@ -19,6 +19,8 @@ NESTED_PROBLEMS = "several settings have no effect"
 
 LOW_RANK = ("lora", "dora", "loha", "lokr")
 ADAPTERS = (*LOW_RANK, "oft", "boft")
+ADDED = ("lora", "loha", "lokr")
+"""Adapters whose change is added to what a layer gives, so that they need not know its weight exactly."""
 _TAGS, _DRAWN = ("shuffle_caption", "caption_tag_dropout"), ("crop", "crop_jitter", "colour_jitter")
 _VARYING = (*_TAGS, "wildcards", *_DRAWN, "flip", "regularization", "machine_weight", "machine_caption_dropout")
 """Settings of a `[[data]]` table that a pair of pictures cannot share, or that rated pictures cannot have."""
@@ -194,6 +196,18 @@ def _idle_numbers(config: RunConfig) -> Iterator[Problem]:
             yield Problem(dotted, f"has no effect, because {switch} is 0", f"Remove it, or set {switch} above 0.")
 
 
+def needs_whole_weights(config: RunConfig) -> str:
+    """Why the base's weights cannot be kept in few bits; empty if they can."""
+    kind, init = config.adapter.kind, config.adapter.init
+    if kind == "full":
+        return 'adapter.kind is "full", and they are what is trained'
+    if kind not in ADDED:
+        return f"adapter.kind is {_shown(kind)}, which changes them as a whole and would change what was lost"
+    if init in ("pissa", "olora"):
+        return f"adapter.init is {_shown(init)}, which takes a part out of them"
+    return ""
+
+
 def _idle_blocks(config: RunConfig) -> Iterator[Problem]:
     kind = config.adapter.kind
     for number, block in enumerate(config.block):
@@ -322,6 +336,9 @@ def _contradictions(config: RunConfig) -> Iterator[Problem]:
     if config.runtime.compile and config.runtime.attention == "xformers":
         what = "cannot compile xformers' attention, and no part of a block is left out"
         yield Problem("runtime.compile", what, 'Remove it, or set runtime.attention = "auto".')
+    if config.runtime.base_weights != "full" and (reason := needs_whole_weights(config)):
+        what = f"cannot be {_shown(config.runtime.base_weights)}, because {reason}"
+        yield Problem("runtime.base_weights", what, 'Set it to "full", or another adapter.kind or adapter.init.')
     if optimizer.schedule == "wsd" and optimizer.warmup + optimizer.schedule_decay > 1:
         what = "and optimizer.warmup are more than the whole run"
         yield Problem("optimizer.schedule_decay", what, "Lower one of the two.")

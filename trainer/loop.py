@@ -43,6 +43,7 @@ from .config import Precision, RunConfig
 from .device import kind_here
 from .errors import Mending, TrainingError
 from .events import AttentionChosen, Checkpointed, Event, Phase, PlanMade, Sampled, Step, Warned
+from .fewbits import kinds_of, load_in_few_bits
 from .fitting import parameter_groups, parts, put_on, read_start
 from .flat import Flat, can_be_flat
 from .idle import RATES
@@ -50,7 +51,7 @@ from .initial import look_at_data
 from .inputs import Inputs
 from .jobs import Request, RunFolder
 from .memory import OUT_OF_MEMORY, full_memory_is, is_full, memory_of, parts_of, until_it_fits
-from .models import Base, Conditions, Tokens, load_base, most_chunks
+from .models import Base, Conditions, Tokens, most_chunks
 from .noise import Draws, add_noise, derive_seed, draw_batch, image_loss, loss_weight, scheduled_huber_c, target_of
 from .optim import effective_rates, load_optimizer, make_optimizer, schedule_factor, set_learning_rates
 from .plan import Plan, prompts_from
@@ -127,7 +128,8 @@ class Trainer:
         self.emit(Phase("loading the base"))
         vae_dtype = DTYPES[mixed_precision(self.config.runtime.vae_precision)]
         self.dtype = base_dtype(self.config, precision)
-        self.base = load_base(plan.base, self.dtype, self.accelerator.device, vae_dtype)
+        kinds, device = kinds_of(self.config), self.accelerator.device
+        self.base = load_in_few_bits(plan.base, kinds, self.dtype, device, vae_dtype)
         self.alphas_cumprod: Tensor = self.base.scheduler.alphas_cumprod.float()
         self._fill_caches()
         self.shelf = self._make_shelf()

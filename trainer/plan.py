@@ -446,11 +446,17 @@ def check_devices(config: RunConfig) -> None:
     """Settings that this computer cannot honour.
 
     Raises:
-        ConfigError: without an NVIDIA GPU, what needs one; and CUDA graphs where no step can be one.
+        ConfigError: without an NVIDIA GPU, what needs one; CUDA graphs where no step can be one; weights in 4 bits
+            without what makes them.
     """
     runtime = config.runtime
     if runtime.cuda_graphs:
         _check_graphs(config)
+    if runtime.base_weights == "nf4":
+        from .device import kind_here
+        from .fewbits import check_nf4
+
+        check_nf4(kind_here())
     asked = {"attention": runtime.attention, "precision": runtime.precision}
     if not set(asked.values()) & _NEED_A_GPU:
         return

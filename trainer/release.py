@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ from .delta import Changes
 from .errors import ExportError, UserError
 from .events import PlanMade
 from .export import Exported, Precision, export, trained_changes
+from .fewbits import kinds_in, load_in_few_bits
 from .files import atomic_file, write_text
 from .formats import Format, formats_of
 from .interpolation import scaled
 from .jobs import VERIFIED, RunFolder, preview_files
 from .lorafile import LoraFile
-from .models import Base, load_base
+from .models import Base
 from .pivotal import token_embeddings
 from .sample import Drawing, before_after_grid, drawn_like
 from .sharing.bundle import bundle as write_bundle
@@ -189,9 +191,9 @@ def _write(
     path = folder / (
         f"{name}.safetensors" if format != "diffusers" else f"{name}-diffusers{'.safetensors' if lora else ''}"
     )
-    device, dtype = base.device, base.dtype
     if format in ("kohya", "diffusers") and lora:
-        return export(base, path, facts, lambda: load_base(base.info, dtype, device), format, precision, changes)
+        load_fresh = partial(load_in_few_bits, base.info, kinds_in(base), base.dtype, base.device)
+        return export(base, path, facts, load_fresh, format, precision, changes)
     with strength(base, facts.strengths):
         if format == "ldm":
             save_checkpoint_file(base, path, precision)
