@@ -16,8 +16,8 @@ from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.device import GIB, Device, binary, card, device_here
 from lorasmith.trainer.dryrun import Live, Taken
 from lorasmith.trainer.errors import UserError
-from lorasmith.trainer.fit import cheapest_fit
-from lorasmith.trainer.footprint import Footprint, ForeseenRun, Largest, footprint, state_bytes
+from lorasmith.trainer.fit import Fit, cheapest_fit
+from lorasmith.trainer.footprint import Footprint, ForeseenRun, Item, Largest, Stage, footprint, state_bytes
 from lorasmith.trainer.jobs import create_run
 from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.plan import Plan, make_plan
@@ -82,10 +82,12 @@ def foreseen(plan: Plan) -> Taken:
         UNET_ALONE | {"runtime": {"precision": "bf16"}},
         UNET_ALONE | {"runtime": {"precision": "bf16", "autocast": True}},
         UNET_ALONE | {"runtime": {"fast_lora": False, "cpu_kernels": False}},
+        UNET_ALONE | {"runtime": {"base_weights": "int8"}},
+        {"runtime": {"base_weights": "nf4", "precision": "bf16"}},
         {"budget": {"batch": 3}},
         {"adapter": {"targets": "all"}},
     ],
-    ids=["one", "three", "bf16", "autocast", "plain", "text", "convolutions"],
+    ids=["one", "three", "bf16", "autocast", "plain", "int8", "nf4", "text", "convolutions"],
 )
 def test_what_a_step_keeps_is_foreseen(short_run: Callable[..., RunConfig], over: dict[str, Any]):
     plan = make_plan(short_run(**over))
@@ -102,8 +104,10 @@ def test_what_a_step_keeps_is_foreseen(short_run: Callable[..., RunConfig], over
         {"runtime": {"gradient_checkpointing": True, "precision": "bf16"}},
         {"adapter": {"kind": "full", "rank": 16, "alpha": 16.0}, "optimizer": {"lr": 1e-5, "text_encoder_lr": 5e-6}},
         UNET_ALONE | {"runtime": {"flat_optimizer": False}},
+        UNET_ALONE | {"runtime": {"base_weights": "int8", "precision": "bf16"}},
+        {"runtime": {"base_weights": "nf4", "gradient_checkpointing": True}},
     ],
-    ids=["lora", "checkpointing", "largest blocks", "both", "full", "single"],
+    ids=["lora", "checkpointing", "largest blocks", "both", "full", "single", "int8", "nf4"],
 )
 def test_the_peak_of_a_step_is_foreseen(short_run: Callable[..., RunConfig], over: dict[str, Any]):
     plan = make_plan(short_run(**over))
@@ -195,6 +199,61 @@ def test_fewer_pictures_at_once_come_first_and_a_step_stays_as_large(roomy: Plan
     found = fitted(roomy, lambda now: max(now.encoding.size, now.training.size - 2**20))
     assert found["budget.batch"] * found["budget.accumulate"] == 4
     assert "runtime.gradient_checkpointing" not in found
+
+
+@pytest.mark.parametrize("tight", ["training", "encoding"])
+@pytest.mark.parametrize(("room", "kind"), [(9, "int8"), (5, "nf4")])
+def test_a_base_in_few_bits_comes_after_all_that_is_more_exact(roomy: Plan, tight: str, room: int, kind: str):
+    """Where nothing else makes room, for its weights are all that there is."""
+    pytest.importorskip("bitsandbytes")
+
+    def taken(plan: Plan, device: Device) -> Footprint:
+        weights = {"full": 16, "int8": 8, "nf4": 4}[plan.config.runtime.base_weights]
+        sizes = {"encoding": 1, "training": 1} | {tight: weights}
+        return Footprint(*(Stage(name, (Item("UNet", size * GIB, ""),)) for name, size in sizes.items()), None)
+
+    def fit_in(room: int) -> Fit:
+        device = Device("cuda", "a card", room * GIB, is_here=False)
+        return cheapest_fit(roomy, device, taken(roomy, device), taken)
+
+    found = {change.setting: change.value for change in fit_in(room).changes}
+    assert found["runtime.base_weights"] == kind
+    others = {
+        "training": {"runtime.gradient_checkpointing": True, "optimizer.kind": "adamw8bit"},
+        "encoding": {"runtime.vae_precision": "bf16"},
+    }[tight]
+    assert {setting: found[setting] for setting in others} == others
+    with pytest.raises(UserError, match=r"there are 3\.00 GiB"):
+        fit_in(3)
+
+
+def test_no_setting_is_proposed_twice(roomy: Plan):
+    """Where encoding asks for 8 bits, and training for 4."""
+    pytest.importorskip("bitsandbytes")
+    need = {"full": (9, 9), "int8": (1, 9), "nf4": (1, 1)}
+
+    def taken(plan: Plan, device: Device) -> Footprint:
+        encoding, training = need[plan.config.runtime.base_weights]
+        return Footprint(
+            Stage("encoding", (Item("UNet", encoding * GIB, ""),)),
+            Stage("training", (Item("UNet", training * GIB, ""),)),
+            None,
+        )
+
+    device = Device("cuda", "a card", 5 * GIB, is_here=False)
+    settings = [change.setting for change in cheapest_fit(roomy, device, taken(roomy, device), taken).changes]
+    assert settings.count("runtime.base_weights") == 1
+    assert len(settings) == len(set(settings))
+
+
+def test_without_a_gpu_a_base_in_few_bits_is_whole_while_it_is_loaded(short_run: Callable[..., RunConfig]):
+    plan = make_plan(short_run(**UNET_ALONE, runtime={"base_weights": "int8"}))
+    here, there = footprint(plan, CPU), footprint(plan, card(8))
+    assert [stage.name for stage in here.stages] == ["loading the base", "encoding images", "training"]
+    assert [stage.name for stage in there.stages] == ["encoding images", "training"]
+    unet = next(item for item in here.training.items if item.name == "UNet")
+    assert unet.size < next(item for item in here.stages[0].items if item.name == "base").size / 2
+    assert "in int8" in unet.why
 
 
 def test_what_fits_in_no_way_is_one_error_with_numbers(roomy: Plan):

@@ -1,8 +1,9 @@
 """The cheapest settings with which a run fits into a device's memory, and why each of them is chosen.
 
 Tried in this order: what costs nothing; fewer pictures at once, with as many in a step as before; gradient
-checkpointing of the largest blocks and then of all, which computes more; half precision and an optimizer of 8 bit,
-which change numbers. What is learned is never changed: neither the resolution, nor what is trained, nor its rank.
+checkpointing of the largest blocks and then of all, which computes more; half precision, an optimizer of 8 bit, and a
+base in 8 bits and then in 4, which change numbers. What is learned is never changed: neither the resolution, nor what
+is trained, nor its rank.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .configfile import validate
 from .device import Device, binary
 from .errors import UserError
 from .footprint import Footprint, footprint, precision_on
+from .idle import needs_whole_weights
 from .plan import Plan
 from .startup import is_installed
 
@@ -104,6 +106,11 @@ class _Draft:
         return self.now.peak <= self.device.room
 
     @property
+    def encodes(self) -> bool:
+        """Whether encoding alone fits."""
+        return self.now.encoding.size <= self.device.room
+
+    @property
     def trains(self) -> bool:
         """Whether training alone fits."""
         return self.now.training.size <= self.device.room
@@ -114,7 +121,9 @@ class _Draft:
             return self
         overrides = [change.override for change in changes]
         plan = replace(self.plan, config=validate(self.plan.config.model_dump(), "the plan", overrides))
-        return replace(self, plan=plan, now=self.predict(plan, self.device), changes=(*self.changes, *changes))
+        settings = {change.setting for change in changes}
+        before = (change for change in self.changes if change.setting not in settings)
+        return replace(self, plan=plan, now=self.predict(plan, self.device), changes=(*before, *changes))
 
 
 def _refusal(draft: _Draft) -> UserError:
@@ -145,10 +154,12 @@ def _free_of_cost(draft: _Draft) -> _Draft:
 
 
 def _encoding(draft: _Draft) -> _Draft:
-    if draft.now.encoding.size <= draft.device.room or draft.plan.config.runtime.vae_precision != "fp32":
-        return draft
-    why = "the VAE takes half; a picture that overflows is encoded anew in fp32"
-    return draft.changed(Change("runtime.vae_precision", "bf16", why))
+    """A VAE in half precision; where the base itself leaves no room for it, that in few bits."""
+    if not draft.encodes and draft.plan.config.runtime.vae_precision == "fp32":
+        why = "the VAE takes half; a picture that overflows is encoded anew in fp32"
+        draft = draft.changed(Change("runtime.vae_precision", "bf16", why))
+    smaller = [draft.changed(change) for change in _few_bits(draft)] if not draft.encodes else []
+    return next((found for found in smaller if found.encodes), draft)
 
 
 def _training(draft: _Draft) -> _Draft:
@@ -187,7 +198,23 @@ def _ways(draft: _Draft) -> Iterator[list[Change]]:
         yield way
     if config.optimizer.kind == "adamw" and is_installed("bitsandbytes"):
         why = "keeps AdamW's two averages in 8 bit, with nearly the same result"
-        yield [*way, Change("optimizer.kind", "adamw8bit", why)]
+        way = [*way, Change("optimizer.kind", "adamw8bit", why)]
+        yield way
+    for change in _few_bits(draft):
+        yield [*way, change]
+
+
+def _few_bits(draft: _Draft) -> Iterator[Change]:
+    """A frozen base in 8 bits and in 4, where it is in more and its adapter does not mind."""
+    config, now = draft.plan.config, draft.plan.config.runtime.base_weights
+    if needs_whole_weights(config) or now == "nf4":
+        return
+    if now == "full":
+        why = "keeps the weights of the base's linear layers in 8 bits: more time, and nearly the same result"
+        yield Change("runtime.base_weights", "int8", why)
+    if draft.device.kind != "mps" and is_installed("bitsandbytes"):
+        why = "keeps the weights of the base's linear layers in 4 bits: more time, and less exact than in 8"
+        yield Change("runtime.base_weights", "nf4", why)
 
 
 def _recomputing(runtime: RuntimeSection) -> Iterator[list[Change]]:

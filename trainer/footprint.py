@@ -1,8 +1,9 @@
 """How much memory a run takes at its peak, and of what that is made: foreseen on shapes alone.
 
 A run has three stages, each with a peak of its own: images and captions are encoded, the weights are trained, previews
-are drawn. Weights, gradients and the optimizer's state are counted; what a stage keeps while it computes is found by a
-dry run of it (`dryrun.py`) at the largest batch.
+are drawn; where a base in few bits is rounded in the same memory, loading it is another. Weights, gradients and the
+optimizer's state are counted; what a stage keeps while it computes is found by a dry run of it (`dryrun.py`) at the
+largest batch.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .config import RunConfig
 from .device import Device, binary, process_bytes
 from .dryrun import Autocast, Taken, forward_alone, forward_and_backward
 from .errors import BaseModelError, first_line
+from .fewbits import keep_in_few_bits, kinds_of
 from .fitting import put_on, trained_parameters
 from .flat import can_be_flat
 from .loop import DTYPES, Denoiser, MixedPrecision, base_dtype, mixed_precision
@@ -88,10 +90,12 @@ class Footprint:
     training: Stage
     drawing: Stage | None
     """None where no previews are drawn."""
+    loading: Stage | None = None
+    """None where all that is loaded stays as it is: a base in few bits is whole before."""
 
     @property
     def stages(self) -> list[Stage]:
-        return [stage for stage in (self.encoding, self.training, self.drawing) if stage]
+        return [stage for stage in (self.loading, self.encoding, self.training, self.drawing) if stage]
 
     @property
     def peak(self) -> int:
@@ -167,9 +171,11 @@ class ForeseenRun:
             module.to(self.dtype)
         self.base.tokenizers = [_tokenizer_of(self.base)] * len(self.base.text_encoders)
         self.largest, self.chunks = Largest.of(plan), most_chunks(self.base, plan.captions_read())
-        self.weights = {name: _bytes(module) for name, module in self.base.components.items()}
+        self.whole = {name: _bytes(module) for name, module in self.base.components.items()}
         self.numbers = {name: _numbers(module) for name, module in self.base.components.items()}
-        config = self.config
+        config, self.kinds = self.config, kinds_of(self.config)
+        keep_in_few_bits(self.base, self.kinds, "meta")
+        self.weights = {name: _bytes(module) for name, module in self.base.components.items()}
         put_on(self.base, config.adapter, config.seed, config.block, config.trigger)
         self._prepare()
         self.vae = _vae_of(plan.base).to(DTYPES[mixed_precision(config.runtime.vae_precision)])
@@ -186,7 +192,15 @@ class ForeseenRun:
         self.denoiser = Denoiser(base, config.adapter.trains_text)
 
     def footprint(self) -> Footprint:
-        return Footprint(self._encoding(), self._training(), self._drawing() if self.config.sample.every else None)
+        drawing = self._drawing() if self.config.sample.every else None
+        return Footprint(self._encoding(), self._training(), drawing, self._loading())
+
+    def _loading(self) -> Stage | None:
+        """Of a GPU this asks nothing: it gets what is in few bits already."""
+        if self.device.is_gpu or not self.kinds:
+            return None
+        why = f"{_millions(sum(self.numbers.values()))} weights in {_NAMES[self.dtype]}, before they are rounded"
+        return Stage("loading the base", (self._around, Item("base", sum(self.whole.values()), why), self._vae))
 
     def _encoding(self) -> Stage:
         """Everything is there, and the largest picture is in the VAE; more of them are only where there is room."""
@@ -232,10 +246,11 @@ class ForeseenRun:
         return Item("process", process_bytes(), "PyTorch and other libraries, as measured in this process")
 
     def _frozen(self, names: Sequence[str]) -> list[Item]:
-        return [
-            Item(_TITLES[name], self.weights[name], f"{_millions(self.numbers[name])} weights in {_NAMES[self.dtype]}")
-            for name in names
-        ]
+        return [Item(_TITLES[name], self.weights[name], self._kept_in(name)) for name in names]
+
+    def _kept_in(self, name: str) -> str:
+        linear = f", those of linear layers in {self.kinds[name]}" if name in self.kinds else ""
+        return f"{_millions(self.numbers[name])} weights in {_NAMES[self.dtype]}{linear}"
 
     @property
     def _vae(self) -> Item:

@@ -12,6 +12,7 @@ from .config import RunConfig
 from .device import kind_here
 from .fastlora import speed_up
 from .flat import can_be_flat
+from .idle import needs_whole_weights
 from .loop import MixedPrecision, mixed_precision
 from .models import Base
 from .shelf import LEAST
@@ -52,6 +53,7 @@ def techniques(config: RunConfig, on_gpu: bool, precision: MixedPrecision, fast:
     yield _cpu_kernels(config, on_gpu)
     yield _channels_last(config, on_gpu)
     yield _compile(config, fast)
+    yield _base_weights(config)
     yield _cached_images()
     yield _cached_captions(config)
     yield _resting_encoders(config, on_gpu)
@@ -141,6 +143,15 @@ def _compile(config: RunConfig, fast: float) -> Technique:
         return Technique(name, False, f"it would take {pays}: measure it with lorasmith bench")
     within = ", fast LoRA layers within them," if config.runtime.fast_lora and fast else ""
     return Technique(name, True, f"the UNet's repeated blocks{within} are compiled: {pays}")
+
+
+def _base_weights(config: RunConfig) -> Technique:
+    name, kind, bits = "base_weights", config.runtime.base_weights, {"int8": 8, "nf4": 4}
+    if kind == "full":
+        why = needs_whole_weights(config) or "it costs time and digits; lorasmith plan --vram says when memory needs it"
+        return Technique(name, False, why)
+    why = f"linear layers of what is at work keep {bits[kind]} bits of a weight, and make it whole for each product"
+    return Technique(name, True, why)
 
 
 def _cached_images() -> Technique:
