@@ -210,7 +210,8 @@ def test_a_base_in_few_bits_comes_after_all_that_is_more_exact(roomy: Plan, tigh
     def taken(plan: Plan, device: Device) -> Footprint:
         weights = {"full": 16, "int8": 8, "nf4": 4}[plan.config.runtime.base_weights]
         sizes = {"encoding": 1, "training": 1} | {tight: weights}
-        return Footprint(*(Stage(name, (Item("UNet", size * GIB, ""),)) for name, size in sizes.items()), None)
+        encoding, training = (Stage(name, (Item("UNet", size * GIB, ""),)) for name, size in sizes.items())
+        return Footprint(encoding, training, None)
 
     def fit_in(room: int) -> Fit:
         device = Device("cuda", "a card", room * GIB, is_here=False)
