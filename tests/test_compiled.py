@@ -257,9 +257,18 @@ def test_a_block_that_cannot_be_compiled_ends_the_run_with_the_way_on(
     assert not losses(told)
 
 
-def test_xformers_cannot_be_compiled(short_run: Callable[..., RunConfig]):
-    with pytest.raises(ConfigError, match=r"runtime\.compile: cannot compile xformers' attention"):
-        short_run(runtime={"compile": True, "attention": "xformers"})
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ({"attention": "xformers"}, "xformers' attention"),
+        ({"base_weights": "nf4"}, "what makes weights of 4 bits whole"),
+    ],
+)
+def test_what_calls_kernels_of_other_libraries_cannot_be_compiled(
+    short_run: Callable[..., RunConfig], other: dict[str, str], what: str
+):
+    with pytest.raises(ConfigError, match=rf"runtime\.compile: cannot compile {what}"):
+        short_run(runtime={"compile": True, **other})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -336,6 +336,9 @@ def _contradictions(config: RunConfig) -> Iterator[Problem]:
     if config.runtime.compile and config.runtime.attention == "xformers":
         what = "cannot compile xformers' attention, and no part of a block is left out"
         yield Problem("runtime.compile", what, 'Remove it, or set runtime.attention = "auto".')
+    if config.runtime.compile and config.runtime.base_weights == "nf4":
+        what = "cannot compile what makes weights of 4 bits whole, and no part of a block is left out"
+        yield Problem("runtime.compile", what, 'Remove it, or set runtime.base_weights = "int8".')
     if config.runtime.base_weights != "full" and (reason := needs_whole_weights(config)):
         what = f"cannot be {_shown(config.runtime.base_weights)}, because {reason}"
         yield Problem("runtime.base_weights", what, 'Set it to "full", or another adapter.kind or adapter.init.')
