@@ -195,6 +195,7 @@ IN_SHORT = {
     *("shuffled tags, mirrored, cropped", "accumulation with a remainder", "buckets of two resolutions", "masks"),
     *("prior preservation", "running average, two text encoders, dropout", "whole model, averaged", "new tokens"),
     *("loha with dropout", "convolutions, blocks, lora+", "adamw8bit", "prodigy", "adamw-schedulefree"),
+    "a base in 4 bits",
 }
 """What `make test` tries; `make test-all` tries all."""
 
