@@ -502,7 +502,7 @@ class Trainer:
         return kernels
 
     def _choose_kernels(self) -> None:
-        """Find the fastest kernel of attention for each shape of the steps to come. A run that goes on takes what it
+        """Find the fastest kernel of attention for each shape of the run's batches. A run that goes on takes what it
         took before, so that it computes as if it had not been interrupted."""
         if self.kernels is None or self.config.runtime.attention != "auto":
             return

@@ -201,9 +201,9 @@ class Plan:
         return self.config.budget.batch * pictures * largest // self.base.vae_factor**2
 
     def kinds_of_batches(self) -> set[tuple[int, Size]]:
-        """Of those to come: how many pictures, and their width and height in latents."""
+        """Of the whole run, wherever it stands: how many pictures, and their width and height in latents."""
         factor, kinds = self.base.vae_factor, set[tuple[int, Size]]()
-        for batches in islice(self.order.steps(self.batches_per_step), self.step, self.steps):
+        for batches in islice(self.order.steps(self.batches_per_step), self.steps):
             for batch in batches:
                 width, height = self.bucket_of(batch[0])
                 kinds.add((len(self.taken_by(batch)), (width // factor, height // factor)))
