@@ -101,11 +101,15 @@ def compile_blocks(unet: Any, shapes: int) -> None:
     import torch
     from torch._dynamo import config as dynamo
 
+    from .fastlora import make_compilable
+
     torch.compiler.reset()  # an earlier run of this process may have compiled the same code for other shapes
     most = _COMPILATIONS_OF_A_BLOCK * sum(1 for _ in repeated_blocks(unet))
     dynamo.recompile_limit = max(dynamo.recompile_limit, most)  # above it a block would go uncompiled
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, most)
     dynamo.optimize_ddp = False  # it would cut blocks in pieces, and knows no functions of our own
+    for block in repeated_blocks(unet):
+        make_compilable(block)
     unet.compile_repeated_blocks(fullgraph=True, dynamic=shapes > _FEW_SHAPES, backend=BACKEND)
 
 

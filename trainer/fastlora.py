@@ -70,6 +70,26 @@ class _Fast:
         return cast(Tensor, _LoraLinears.apply(x, frozen, self.base.bias, self.scale, *pair))
 
 
+class FastLinear(LoraLinear):
+    """A plain layer whose class computes the fast way: what is compiled for one serves all others of its shape. A
+    forward of a layer's own, as `_Fast` is, would be compiled for each layer anew."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer = cast(Any, self)
+        if args or kwargs or layer.disable_adapters or layer.merged:
+            return super().forward(x, *args, **kwargs)
+        base, pair = layer.base_layer, (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
+        return cast(Tensor, _LoraLinears.apply(x, base.weight, base.bias, layer.scaling[ADAPTER], *pair))
+
+
+def make_compilable(module: nn.Module) -> None:
+    """Let the fast layers of a module compute so by their class."""
+    for _, layer in tuner_layers(module):
+        if type(vars(layer).get("forward")) is _Fast:
+            del layer.forward
+            layer.__class__ = FastLinear
+
+
 class Together:
     """Frozen linear layers of as many outputs that read the same, with or without a LoRA: called, they give the output
     of each, (batch, tokens, out).

@@ -277,6 +277,17 @@ def _uncaptured(config: RunConfig) -> Iterator[Problem]:
         yield Problem("runtime.cuda_graphs", f"cannot be had, because {reasons}", fix)
 
 
+def _not_to_be_compiled(config: RunConfig) -> tuple[str, str] | None:
+    """What no compiler could look into, and what to set instead."""
+    if config.adapter.kind not in ("lora", "full"):
+        return f"PEFT's layers of kind {config.adapter.kind}", 'adapter.kind = "lora"'
+    if config.runtime.attention == "xformers":
+        return "xformers' attention", 'runtime.attention = "auto"'
+    if config.runtime.base_weights == "nf4":
+        return "what makes weights of 4 bits whole", 'runtime.base_weights = "int8"'
+    return None
+
+
 def _contradictions(config: RunConfig) -> Iterator[Problem]:
     adapter, optimizer, objective = config.adapter, config.optimizer, config.objective
     if adapter.targets in ("all-linear", "all") and adapter.text_encoder and not adapter.unet:
@@ -333,12 +344,10 @@ def _contradictions(config: RunConfig) -> Iterator[Problem]:
     if config.runtime.autocast and config.runtime.precision == "fp32":
         what = 'has no effect, because runtime.precision is "fp32": nothing is cast'
         yield Problem("runtime.autocast", what, 'Remove it, or set runtime.precision = "bf16".')
-    if config.runtime.compile and config.runtime.attention == "xformers":
-        what = "cannot compile xformers' attention, and no part of a block is left out"
-        yield Problem("runtime.compile", what, 'Remove it, or set runtime.attention = "auto".')
-    if config.runtime.compile and config.runtime.base_weights == "nf4":
-        what = "cannot compile what makes weights of 4 bits whole, and no part of a block is left out"
-        yield Problem("runtime.compile", what, 'Remove it, or set runtime.base_weights = "int8".')
+    if config.runtime.compile and (uncompiled := _not_to_be_compiled(config)):
+        what, otherwise = uncompiled
+        what = f"cannot compile {what}, and no part of a block is left out"
+        yield Problem("runtime.compile", what, f"Remove it, or set {otherwise}.")
     if config.runtime.base_weights != "full" and (reason := needs_whole_weights(config)):
         what = f"cannot be {_shown(config.runtime.base_weights)}, because {reason}"
         yield Problem("runtime.base_weights", what, 'Set it to "full", or another adapter.kind or adapter.init.')
