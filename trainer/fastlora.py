@@ -86,7 +86,7 @@ def make_compilable(module: nn.Module) -> None:
     """Let the fast layers of a module compute so by their class."""
     for _, layer in tuner_layers(module):
         if type(vars(layer).get("forward")) is _Fast:
-            del layer.forward
+            del vars(layer)["forward"]
             layer.__class__ = FastLinear
 
 
