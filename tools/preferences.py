@@ -3,8 +3,9 @@
 The example style is trained on the pocket base, and draws prompts that are not held out, each with a few seeds. A
 simulated rater (`tools/raters.py`) prefers one of each two pictures by a number that can be measured, such as how dark
 or warm it is, and says so in a file of ratings. `lorasmith refine` learns from it. Then both runs draw the held-out
-concepts: by how much has the number moved, in units of its spread there, and what is left of the style? Some minutes on
-two free cores; what is trained and drawn is kept, and not done again.
+concepts: by how much has the number moved, in units of its spread there, and what is left of the style? Where too
+little is, an earlier checkpoint is measured as well. Some minutes on two free cores; what is trained, drawn and
+measured is kept, and not done again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
@@ -40,15 +42,21 @@ from .raters import RATERS
 
 PARENT = "rated"
 SHOWN = 16
+SHIFT, KEPT = 1.0, 0.9
+"""What is asked: by so many deviations what is preferred moves, and so much of the style score is left."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the held-out pictures."""
+    """What became of the held-out pictures at a step of the refined run."""
 
     rater: str
+    seed: int
     pairs: int
     thumbs: int
+    step: int
+    steps: int
+    """Of the whole run."""
     before: float
     after: float
     spread: float
@@ -70,55 +78,80 @@ class Outcome:
         """Share of the style score that is left."""
         return self.style_after / self.style_before
 
-    def __str__(self) -> str:
-        said = f"{self.pairs} pairs, {self.thumbs} thumbs"
-        return (
-            f"{self.rater}, {said}: {self.before:+.4f} to {self.after:+.4f}, which is {self.shift:+.2f} of its spread "
-            f"{self.spread:.4f}; style {self.style_before:.3f} to {self.style_after:.3f} ({self.style_kept:.0%} kept); "
-            f"distance to the true picture {self.layout_before:.3f} to {self.layout_after:.3f}"
+    @property
+    def is_as_asked(self) -> bool:
+        """Whether it has learned what is preferred, and not lost the style over it."""
+        return self.shift >= SHIFT and self.style_kept >= KEPT
+
+    @property
+    def row(self) -> str:
+        """Of the table."""
+        cells = (
+            *(self.rater, self.seed, f"{self.step} of {self.steps}", f"{self.shift:+.2f}", f"{self.style_kept:.0%}"),
+            *(f"{self.layout_before:.3f} to {self.layout_after:.3f}", "yes" if self.is_as_asked else "no"),
         )
+        return f"| {' | '.join(map(str, cells))} |"
+
+
+HEAD = """\
+| prefers more | seed | step | moves by | style kept | distance to the true picture | both |
+| --- | --- | --- | --- | --- | --- | --- |"""
 
 
 def main(
-    rater: Annotated[str, typer.Option(help=f"What is preferred: more {' or '.join(RATERS)}.")] = "darkness",
+    rater: Annotated[list[str] | None, typer.Option(help=f"What is preferred: {', '.join(RATERS)}; or all.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Of what is trained; 42 if not given.")] = None,
     prompts: Annotated[int, typer.Option(min=2, help="Prompts that are drawn to be rated.")] = 16,
-    seeds: Annotated[int, typer.Option(min=2, help="Pictures of each.")] = 4,
+    pictures: Annotated[int, typer.Option(min=2, help="Pictures of each.")] = 4,
     images: Annotated[int, typer.Option(min=8, help="Images that the run sees which is refined.")] = 1400,
     thumbs: Annotated[bool, typer.Option(help="Say thumbs up and down only, of different prompts.")] = False,
-    name: Annotated[str, typer.Option(help="Of the refined run.")] = "refined",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Settings of the refined run.")] = None,
+    suffix: Annotated[str, typer.Option(help="Behind the names of the refined runs.")] = "",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Settings of the refined runs.")] = None,
     folder: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path(".cache/preferences"),
 ) -> None:
-    """Train, draw, rate, refine and measure."""
-    outcome = measured(folder, rater, prompts, seeds, images, thumbs, name, set_ or [])
-    typer.echo(str(outcome))
+    """Train, draw, rate, refine and measure; a table of it."""
+    typer.echo(HEAD)
+    for number in seed or [42]:
+        trained = parent_run(folder / f"seed-{number}", images, number)
+        for one in rater or list(RATERS):
+            for outcome in measured(trained, one, prompts, pictures, thumbs, one + suffix, set_ or []):
+                typer.echo(outcome.row)
 
 
 def measured(
-    folder: Path,
+    parent: RunFolder,
     rater: str,
     prompts: int,
-    seeds: int,
-    images: int,
+    pictures: int,
     thumbs: bool = False,
     name: str = "refined",
     overrides: Sequence[str] = (),
-) -> Outcome:
-    parent = parent_run(folder, images)
-    ratings = rated(parent, RATERS[rater], prompts, seeds, thumbs, parent.path / "ratings" / f"{name}.jsonl")
+) -> list[Outcome]:
+    """What became of the held-out pictures: at the last step and, as long as the style is not kept, at the checkpoint
+    before."""
     new = RunFolder(parent.path.parent / name)
+    known = new.path / "outcomes.json"
+    if known.exists():
+        return [Outcome(**told) for told in json.loads(known.read_text("utf-8"))]
+    ratings = rated(parent, RATERS[rater], prompts, pictures, thumbs, parent.path / "ratings" / f"{name}.jsonl")
     if not new.path.exists():
         _carry_out(validate(refined(parent, ratings, name), "refine", overrides))
-    outcome = compared(parent, new, rater, ratings)
-    write_text(new.path / "outcome.json", json.dumps(asdict(outcome), indent=2) + "\n")
-    return outcome
+    outcomes: list[Outcome] = []
+    for step in reversed(new.saved_steps()):
+        outcomes.append(compared(parent, new, step, rater, ratings))
+        if outcomes[-1].style_kept >= KEPT:
+            break
+    write_text(known, json.dumps([asdict(outcome) for outcome in outcomes], indent=2) + "\n")
+    return outcomes
 
 
-def parent_run(folder: Path, images: int) -> RunFolder:
+def parent_run(folder: Path, images: int, seed: int = 42) -> RunFolder:
     """The example style, trained once."""
     run = RunFolder((folder / PARENT).absolute())
     if not run.path.exists():
-        values = merge(example_config(folder).model_dump(), {"name": PARENT, "budget": {"images": images}})
+        values = merge(
+            example_config(folder).model_dump(), {"name": PARENT, "seed": seed, "budget": {"images": images}}
+        )
         values |= {
             "recipe": "",
             "runs": str(folder.absolute()),
@@ -145,17 +178,17 @@ def prompts_to_rate(count: int) -> list[str]:
 
 
 def rated(
-    run: RunFolder, value: Callable[[Image.Image], float], prompts: int, seeds: int, thumbs: bool, file: Path
+    run: RunFolder, value: Callable[[Image.Image], float], prompts: int, pictures: int, thumbs: bool, file: Path
 ) -> Ratings:
     """What the rater says of pictures by the last checkpoint: of each prompt the two that differ most, then the two
     between them, and so on."""
-    pictures = drawn_to_rate(run, prompts, seeds)
+    drawn = drawn_to_rate(run, prompts, pictures)
     ratings = Ratings(run, file)
     if file.exists():
         return ratings
     for number in range(prompts):
         ranked = [
-            ratings.name_of(one) for one in sorted(pictures[number::prompts], key=lambda one: value(Image.open(one)))
+            ratings.name_of(one) for one in sorted(drawn[number::prompts], key=lambda one: value(Image.open(one)))
         ]
         half, liked = len(ranked) // 2, number % 2 == 0
         if thumbs:
@@ -167,10 +200,10 @@ def rated(
     return ratings
 
 
-def drawn_to_rate(run: RunFolder, prompts: int, seeds: int) -> list[Path]:
+def drawn_to_rate(run: RunFolder, prompts: int, pictures: int) -> list[Path]:
     """All prompts with one noise each, then all with another; each picture has a seed of its own."""
-    folder = run.path / "samples" / f"{prompts}-prompts-{seeds}-times"
-    asked = prompts_to_rate(prompts) * seeds
+    folder = run.path / "samples" / f"{prompts}-prompts-{pictures}-times"
+    asked = prompts_to_rate(prompts) * pictures
     if not folder.is_dir():
         trained = runs.load_run(run.path, None)
         drawing = replace(drawing_of(trained), seed=trained.config.sample.seed + 1000)
@@ -179,13 +212,13 @@ def drawn_to_rate(run: RunFolder, prompts: int, seeds: int) -> list[Path]:
     return sorted(folder.glob("*.png"), key=lambda file: int(file.stem))
 
 
-def compared(parent: RunFolder, new: RunFolder, rater: str, ratings: Ratings) -> Outcome:
+def compared(parent: RunFolder, new: RunFolder, step: int, rater: str, ratings: Ratings) -> Outcome:
     """The held-out concepts by both runs, with the same noise."""
     held_out = read_held_out()
     files = dict(held_out).values()
     prompts = [f"{TRIGGER} {prompt}" for prompt, _ in held_out]
     others = [file.name for file in sorted((EXAMPLES / "measure/base").glob("*.webp")) if file.name not in files]
-    before, after = (_drawn(run, prompts) for run in (parent, new))
+    before, after = _drawn(parent, None, tuple(prompts)), _drawn(new, step, tuple(prompts))
     vae = runs.load_run(parent.path, None).base.vae
     measure = StyleMeasure.fit(vae, to_tensor(_true("base", others)), to_tensor(_true("target", others)))
     true = to_tensor(_true("target", list(files)))
@@ -195,12 +228,15 @@ def compared(parent: RunFolder, new: RunFolder, rater: str, ratings: Ratings) ->
     sheet = contact_sheet(
         pictures, [word for label in labels for word in (label, "refined")], "Held-out, before, refined"
     )
-    sheet.save(new.path / "before-after.png")
+    sheet.save(new.path / f"before-after-{step}.png")
     said = ratings.standing()
     return Outcome(
         rater=rater,
+        seed=new.read_config().seed,
         pairs=sum(isinstance(one, Pair) for one in said),
         thumbs=sum(isinstance(one, Thumb) for one in said),
+        step=step,
+        steps=max(new.saved_steps()),
         before=float(values[0].mean()),
         after=float(values[1].mean()),
         spread=float(values[0].std(ddof=1)),
@@ -211,8 +247,9 @@ def compared(parent: RunFolder, new: RunFolder, rater: str, ratings: Ratings) ->
     )
 
 
-def _drawn(run: RunFolder, prompts: Sequence[str]) -> list[Image.Image]:
-    trained = runs.load_run(run.path, None)
+@lru_cache
+def _drawn(run: RunFolder, step: int | None, prompts: tuple[str, ...]) -> list[Image.Image]:
+    trained = runs.load_run(run.path, step)
     return draw(trained.base, prompts, drawing_of(trained))
 
 
