@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import ConfigError, Mending, TrainingError, first_line
@@ -19,7 +18,7 @@ from .errors import ConfigError, Mending, TrainingError, first_line
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..datasets.buckets import Shot
+    from ..datasets.buckets import Shot, Size
     from .config import RunConfig
     from .plan import Plan
 
@@ -119,11 +118,13 @@ def repeated_blocks(unet: Any) -> Iterator[nn.Module]:
 
 def batches_of_each_shape(plan: Plan) -> list[list[Shot]]:
     """One batch of each shape that the whole run has, the largest first."""
-    found: dict[tuple[int, int, int], list[Shot]] = {}
-    for batches in islice(plan.order.steps(plan.batches_per_step), plan.steps):
-        for batch in batches:
-            found.setdefault((*plan.bucket_of(batch[0]), len(plan.taken_by(batch))), batch)
-    return [found[shape] for shape in sorted(found, key=lambda shape: (-shape[0] * shape[1] * shape[2], shape))]
+    found = plan.batch_of_each_shape()
+
+    def order(shape: tuple[int, Size]) -> tuple[int, int, Size]:
+        images, (width, height) = shape
+        return -images * width * height, images, (width, height)
+
+    return [found[shape] for shape in sorted(found, key=order)]
 
 
 def uncompiled(is_compiled: bool) -> AbstractContextManager[Any]:

@@ -524,7 +524,7 @@ class Trainer:
         base, dtype = self.base, DTYPES[mixed_precision(self.config.runtime.precision)]
         chunks = most_chunks(base, self.plan.captions_read())
         texts = [base.tokenizers[0].model_max_length * count for count in range(1, chunks + 1)]
-        return shapes_of(base.unet, self.plan.kinds_of_batches(), texts, dtype)
+        return shapes_of(base.unet, self.plan.batch_of_each_shape(), texts, dtype)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Put back what a checkpoint holds. Whether the run may go on from it has been decided before."""

@@ -200,14 +200,15 @@ class Plan:
         pictures = 2 if self.rated and self.rated.worse else 1
         return self.config.budget.batch * pictures * largest // self.base.vae_factor**2
 
-    def kinds_of_batches(self) -> set[tuple[int, Size]]:
-        """Of the whole run, wherever it stands: how many pictures, and their width and height in latents."""
-        factor, kinds = self.base.vae_factor, set[tuple[int, Size]]()
+    def batch_of_each_shape(self) -> dict[tuple[int, Size], list[Shot]]:
+        """Of the whole run, wherever it stands, by how many pictures a batch has, and their width and height in
+        latents."""
+        factor, found = self.base.vae_factor, dict[tuple[int, Size], list[Shot]]()
         for batches in islice(self.order.steps(self.batches_per_step), self.steps):
             for batch in batches:
                 width, height = self.bucket_of(batch[0])
-                kinds.add((len(self.taken_by(batch)), (width // factor, height // factor)))
-        return kinds
+                found.setdefault((len(self.taken_by(batch)), (width // factor, height // factor)), batch)
+        return found
 
     def captions_read(self) -> set[str]:
         """All that may be read in training, also the empty one."""
