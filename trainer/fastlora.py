@@ -10,6 +10,7 @@ PEFT's own way, and so does a layer while it is switched off or merged.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -67,7 +68,7 @@ class _Fast:
             return self.peft_forward(x, *args, **kwargs)
         pair = cast(Tensor, self.down.weight), cast(Tensor, self.up.weight)
         frozen = self.base if isinstance(self.base, FewBitsLinear) else self.base.weight
-        return cast(Tensor, _LoraLinears.apply(x, frozen, self.base.bias, self.scale, *pair))
+        return _fast(x, frozen, self.base.bias, self.scale, *pair)
 
 
 class FastLinear(LoraLinear):
@@ -114,8 +115,8 @@ class Together:
         fast = [layer.forward for layer in self.layers if type(layer.forward) is _Fast and layer.forward.is_on]
         if len(fast) != len(self.layers) or len({one.scale for one in fast}) != 1 or not self._are_side_by_side():
             return [layer(x) for layer in self.layers]
-        pairs = [weight for one in fast for weight in (one.down.weight, one.up.weight)]
-        y = cast(Tensor, _LoraLinears.apply(x, self.whole, None, fast[0].scale, *pairs))
+        pairs = [cast(Tensor, weight) for one in fast for weight in (one.down.weight, one.up.weight)]
+        y = _fast(x, self.whole, None, fast[0].scale, *pairs)
         return y.chunk(len(fast), -1)
 
     def _are_side_by_side(self) -> bool:
@@ -169,10 +170,21 @@ class _LoraLinears(torch.autograd.Function):
         return dx.view(ctx.shape).to(ctx.dtype), None, None, None, *d_pairs
 
 
+def _fast(x: Tensor, frozen: Tensor | FewBitsLinear, bias: Tensor | None, scale: float, *pairs: Tensor) -> Tensor:
+    """What `_LoraLinears` gives. Where a base in 16 bits reads little on a CPU, autocast does not come in between: W
+    has the precision that it would choose, and for A and B a better one is faster."""
+    is_cast = torch.is_autocast_enabled("cpu") and _is_little(x) and frozen.dtype.itemsize == 2
+    with torch.autocast("cpu", enabled=False) if is_cast else nullcontext():
+        return cast(Tensor, _LoraLinears.apply(x, frozen, bias, scale, *pairs))
+
+
+def _is_little(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.numel() <= _FEW
+
+
 def _thin(rows: Tensor, down: Tensor) -> torch.dtype:
     """In which the products with A and B are taken, unless autocast says it: it depends on shapes alone."""
-    is_free = rows.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return down.dtype if is_free and rows.numel() <= _FEW else rows.dtype
+    return down.dtype if _is_little(rows) and not torch.is_autocast_enabled("cpu") else rows.dtype
 
 
 def _one(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
