@@ -171,6 +171,16 @@ def test_the_usual_kernel_stands_if_none_can_be_told():
     assert (found.kernel, set(found.left_out)) == (USUAL, {USUAL, "b"})
 
 
+def test_the_usual_kernel_stands_where_the_probe_itself_finds_no_memory(monkeypatch: pytest.MonkeyPatch):
+    def full(self: Any, tokens: int) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    monkeypatch.setattr(attention._Trial, "_random", full)
+    found = fastest(KERNELS, SHORT, CPU, timer_on(CPU))
+    assert (found.kernel, found.milliseconds) == ("sdpa", {})
+    assert "out of memory" in found.left_out["flash"]
+
+
 def test_reasons_that_libraries_give_elsewhere_are_told():
     def as_pytorch(*given: Tensor) -> Tensor:
         warnings.warn("Memory efficient kernel not used because: (Triggered internally at x.cpp:1.)", stacklevel=1)

@@ -152,7 +152,11 @@ def choose(
 
 def fastest(kernels: Sequence[Kernel], shape: Shape, device: torch.device, timer: Timer) -> Chosen:
     """The kernel that takes the least time. The first one is taken if it cannot be told, or if no other is worth it."""
-    trial, times, left_out = _Trial(shape, device), dict[str, float](), dict[str, str]()
+    times, left_out = dict[str, float](), dict[str, str]()
+    try:
+        trial = _Trial(shape, device)
+    except _FAILURES as error:  # the memory may be full
+        return Chosen(shape, kernels[0].name, left_out={kernel.name: _why(error, ()) for kernel in kernels})
     for kernel in kernels:
         if why := trial.unfit(kernel):
             left_out[kernel.name] = why
