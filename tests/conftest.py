@@ -85,6 +85,12 @@ _ELABORATE = {
     "test_interpolation": ("two_runs_may_differ_in_rank",),
     "test_demo": ("the_measure_tells_true_pictures_apart",),
     "test_train": ("previews_of_other_prompts_are_never_paired",),
+    "test_stepgraph": (
+        *("by_one_train[sdxl", "by_one_train[huber", "by_one_train[min-snr", "by_one_train[bf16]"),
+        *("by_one_train[many", "by_one_train[peft", "by_one_train[dora", "by_one_train[lokr", "by_one_train[pissa"),
+        "2_n[1]",
+    ),
+    "test_fewbits": ("go_with_it[loha", "go_with_it[dropout", "go_with_it[plain", "one_for_the_full_base[int8"),
 }
 """Tests that take ten seconds to a minute each, in several processes, of what others show on the way."""
 
