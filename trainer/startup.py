@@ -12,8 +12,8 @@ from importlib.machinery import PathFinder
 from types import ModuleType
 
 _LATER = "bitsandbytes"
-"""diffusers, transformers and PEFT import it wherever it is installed, for bases in 8 and 4 bits, and it imports the
-compiler of PyTorch. No base here has so few bits; some optimizers need it, and import it when they are asked for."""
+"""diffusers, transformers and PEFT import it wherever it is installed, and it imports the compiler of PyTorch. Some
+optimizers need it, and a base in 4 bits; they import it when they are asked for."""
 
 
 _USUAL = gc.get_threshold()
