@@ -106,6 +106,8 @@ def assert_alike(mine: dict[str, Tensor], theirs: dict[str, Tensor], atol: float
 WAYS: dict[str, Settings] = {
     "fast layers": {},
     "recomputed": UNET_ALONE | {"runtime": {"gradient_checkpointing": True}},
+    "in 8 bits": UNET_ALONE | {"runtime": {"base_weights": "int8"}},
+    "in 4 bits": UNET_ALONE | {"runtime": {"base_weights": "nf4"}},
 }
 
 
@@ -257,7 +259,6 @@ def test_a_block_that_cannot_be_compiled_ends_the_run_with_the_way_on(
     ("over", "what"),
     [
         ({"runtime": {"compile": True, "attention": "xformers"}}, "xformers' attention"),
-        ({"runtime": {"compile": True, "base_weights": "nf4"}}, "what makes weights of 4 bits whole"),
         ({"runtime": {"compile": True}, "adapter": {"kind": "dora"}}, "PEFT's layers of kind dora"),
     ],
 )

@@ -20,11 +20,12 @@ from lorasmith.trainer import device as device_of
 from lorasmith.trainer import fewbits
 from lorasmith.trainer.adapter import adapter_state, tuner_layers
 from lorasmith.trainer.bases import inspect_base
+from lorasmith.trainer.compiled import compiler_told
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.configfile import merge, validate
 from lorasmith.trainer.errors import ConfigError, UserError
 from lorasmith.trainer.events import Event, Step
-from lorasmith.trainer.fastlora import speed_up
+from lorasmith.trainer.fastlora import make_compilable, speed_up
 from lorasmith.trainer.fewbits import FewBits, FewBitsLinear, load_in_few_bits
 from lorasmith.trainer.jobs import create_run
 from lorasmith.trainer.loop import Trainer
@@ -104,6 +105,33 @@ def test_a_fast_layer_on_it_is_peft_s(kind: FewBits, asked: bool):
     assert speed_up(model) == 1
     for one, other in zip(answers(), meant, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("adapted", [True, False], ids=["with a LoRA", "alone"])
+def test_compiled_it_gives_the_same_and_keeps_no_whole_weight_either(kind: FewBits, adapted: bool):
+    """A compiler that saw the weight made whole for both directions would make it once, and keep it."""
+    model = nn.Sequential(a_layer(kind)[1])
+    if adapted:
+        settings: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": ["0"], "init_lora_weights": False}
+        inject_adapter_in_model(LoraConfig(**settings), model, "default")
+        speed_up(model)
+    x = torch.randn(2, 5, 128, requires_grad=True)
+    learning = [x, *(one for one in model.parameters() if one.requires_grad)]
+
+    def answers(call: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        y = call(x)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), learning)]
+
+    meant, saved = answers(model), list[Tensor]()
+    make_compilable(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # which divides a graph as inductor does
+    watched = torch.autograd.graph.saved_tensors_hooks(lambda one: saved.append(one) or one, lambda one: one)
+    with watched, compiler_told("here"):
+        found = answers(compiled)
+    for one, other in zip(found, meant, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+    assert not [tensor for tensor in saved if tensor.is_floating_point() and tensor.numel() >= 96 * 128]
 
 
 def test_its_weight_cannot_be_put_in_its_place():

@@ -278,7 +278,7 @@ def test_what_fits_in_no_way_is_one_error_with_numbers(roomy: Plan):
             UNET_ALONE,
             {"channels_last", "compile", "gradient_checkpointing", "cuda_graphs", "base_weights", "attention by shape"},
         ),
-        ({"runtime": {"cpu_kernels": False}}, {"cpu_kernels", "cached captions"}),
+        ({"runtime": {"cpu_kernels": False}}, {"cpu_kernels", "cached captions", "steps ahead"}),
         ({"adapter": {"dropout": 0.1}, "runtime": {"precision": "bf16"}}, {"fast_lora", "no autocast"}),
         ({"optimizer": {"kind": "lion"}, "adapter": {"kind": "loha"}}, {"fast_lora", "flat_optimizer"}),
     ],
@@ -290,7 +290,7 @@ def test_techniques_are_told_with_their_reasons(
     found = {one["name"]: one for one in make_plan(short_run(**over)).facts()["techniques"]}
     assert {name for name, one in found.items() if not one["on"]} >= off
     assert all(one["why"] for one in found.values())
-    assert len(found) == 13
+    assert len(found) == 14
 
 
 def test_a_probe_measures_the_largest_batch(short_run: Callable[..., RunConfig]):

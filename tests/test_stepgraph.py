@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorasmith.trainer import arrears, plan, stepgraph
+from lorasmith.trainer import arrears, loop, plan, stepgraph
 from lorasmith.trainer.checkpoint import load_checkpoint
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.configfile import validate
@@ -104,6 +104,7 @@ def graphs_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Inputs, "take_in", then_wiped_out)
     monkeypatch.setattr(stepgraph, "CudaRecorder", Replayer)
     monkeypatch.setattr(plan, "_check_graphs", lambda config: None)
+    monkeypatch.setattr(loop, "steps_ahead", lambda accelerator: arrears.MOST)
     monkeypatch.setattr(arrears, "LONGEST", math.inf)
     monkeypatch.setattr(Replayer, "replays", 0)
 
@@ -329,10 +330,16 @@ def test_a_full_memory_halves_batches_also_where_no_graph_is_recorded(
 # what is told late
 
 
-def test_steps_are_told_together_and_before_anything_else(a_run: Callable[..., RunConfig]):
+WAYS = pytest.mark.parametrize("way", [with_graphs, lambda config: config], ids=["recorded", "one by one"])
+"""A GPU is ahead of its host either way."""
+Way = Callable[[RunConfig], RunConfig]
+
+
+@WAYS
+def test_steps_are_told_together_and_before_anything_else(way: Way, a_run: Callable[..., RunConfig]):
     seen: list[tuple[int, str]] = []
     done = [0]
-    config = with_graphs(a_run("eager", budget={"images": 32, "accumulate": 1}, save={"every": 15}))
+    config = way(a_run("eager", budget={"images": 32, "accumulate": 1}, save={"every": 15}))
     trainer = trainer_of(config, lambda event: seen.append((done[-1], event.type)))
 
     def should_stop() -> bool:
@@ -347,9 +354,10 @@ def test_steps_are_told_together_and_before_anything_else(a_run: Callable[..., R
     assert kinds.count("step") == trainer.state.step
 
 
-def test_a_slow_step_is_told_at_once(a_run: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch):
+@WAYS
+def test_a_slow_step_is_told_at_once(way: Way, a_run: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(arrears, "LONGEST", 0.0)
-    trainer = trainer_of(with_graphs(a_run("eager")))
+    trainer = trainer_of(way(a_run("eager")))
     counts: list[int] = []
     trainer.train(lambda: bool(counts.append(len([event for event in told(trainer) if isinstance(event, Step)]))))
     assert counts[:4] == [0, 1, 2, 3]
@@ -365,14 +373,15 @@ def spoil_a_gradient(trainer: Trainer) -> None:
     parameter.grad[0] = math.nan
 
 
+@WAYS
 @pytest.mark.parametrize(("spoil", "what"), [(spoil_a_weight, "loss"), (spoil_a_gradient, "gradient")])
 def test_a_number_that_is_none_names_its_step_and_nothing_of_it_is_kept(
-    spoil: Callable[[Trainer], None], what: str, a_run: Callable[..., RunConfig]
+    spoil: Callable[[Trainer], None], what: str, way: Way, a_run: Callable[..., RunConfig]
 ):
     """Though some more steps were taken by then. The checkpoint of the eighth step is not written."""
     events: list[Event] = []
     every = {"save": {"every": 4}, "sample": {"every": 8, "steps": 1, "prompts": ["emoji of owl"]}}
-    config = with_graphs(a_run("eager", budget={"images": 20, "accumulate": 1}, **every))
+    config = way(a_run("eager", budget={"images": 20, "accumulate": 1}, **every))
     trainer = trainer_of(config, events.append)
     reached: list[int] = []
 
@@ -395,8 +404,9 @@ def test_a_number_that_is_none_names_its_step_and_nothing_of_it_is_kept(
     assert all(tensor.isfinite().all() for tensor in load_checkpoint(trainer.run.checkpoint(4)).adapter.values())
 
 
-def test_a_failure_between_steps_comes_after_all_of_them(a_run: Callable[..., RunConfig]):
-    trainer = trainer_of(with_graphs(a_run("eager")))
+@WAYS
+def test_a_failure_between_steps_comes_after_all_of_them(way: Way, a_run: Callable[..., RunConfig]):
+    trainer = trainer_of(way(a_run("eager")))
 
     def should_stop() -> bool:
         if trainer.state.step == 3:

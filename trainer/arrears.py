@@ -7,9 +7,11 @@ is read for several steps at once.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from ..datasets.buckets import Shot
@@ -43,14 +45,26 @@ class Figures:
     weight_norm: float
     """After the step."""
 
-    NAMES = ("loss", "gradient", "norm of the weights")
+    def looked_at(self, is_scaled: bool) -> Iterator[tuple[str, float]]:
+        """What must be finite, by name. fp16's gradient scaler looks at gradients itself, and skips such a step."""
+        yield "loss", self.loss
+        if not is_scaled:
+            yield "gradient", self.grad_norm
+        yield "norm of the weights", self.weight_norm
+
+
+def steps_ahead(accelerator: Accelerator) -> int:
+    """How many steps may be taken before the first of them is told. On a CPU nothing is waited for; processes look at
+    the same step together; and fp16's gradient scaler looks at each step, so that it is waited for in any case."""
+    is_waited_for = accelerator.num_processes > 1 or accelerator.scaler is not None
+    return 1 if accelerator.device.type == "cpu" or is_waited_for else MOST
 
 
 class Arrears:
     """The steps that wait to be told, in order."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.figures = torch.zeros(MOST, 3, device=device)
+    def __init__(self, device: torch.device, most: int) -> None:
+        self.figures = torch.zeros(most, 3, device=device)
         self.waiting: list[Taken] = []
 
     @property

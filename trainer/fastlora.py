@@ -17,10 +17,9 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from .adapter import ADAPTER, tuner_layers
-from .fewbits import FewBitsLinear
+from .fewbits import FewBitsLinear, product, product_backward
 
 _FEW = 2**16
 """Up to so many numbers of an input on a CPU, the two thin products are taken in the precision of A and B: in bf16 a
@@ -67,8 +66,7 @@ class _Fast:
         if args or kwargs or not self.is_on:
             return self.peft_forward(x, *args, **kwargs)
         pair = cast(Tensor, self.down.weight), cast(Tensor, self.up.weight)
-        frozen = self.base if isinstance(self.base, FewBitsLinear) else self.base.weight
-        return _fast(x, frozen, self.base.bias, self.scale, *pair)
+        return _fast(x, _frozen(self.base), self.base.bias, self.scale, *pair)
 
 
 class FastLinear(LoraLinear):
@@ -80,7 +78,12 @@ class FastLinear(LoraLinear):
         if args or kwargs or layer.disable_adapters or layer.merged:
             return super().forward(x, *args, **kwargs)
         base, pair = layer.base_layer, (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
-        return cast(Tensor, _LoraLinears.apply(x, base.weight, base.bias, layer.scaling[ADAPTER], *pair))
+        return cast(Tensor, _LoraLinears.apply(x, _frozen(base), base.bias, layer.scaling[ADAPTER], *pair))
+
+
+def _frozen(base: Any) -> Tensor | FewBitsLinear:
+    """A layer's weight, or the layer where that lies in few bits."""
+    return base if isinstance(base, FewBitsLinear) else base.weight
 
 
 def make_compilable(module: nn.Module) -> None:
@@ -142,10 +145,10 @@ class _LoraLinears(torch.autograd.Function):
         thin = _thin(rows, pairs[0])
         ups = pairs[1::2]
         low = (rows.to(thin) @ _one(pairs[0::2]).to(thin).T).mul_(scale)
-        ctx.layer, weight = (frozen, None) if isinstance(frozen, FewBitsLinear) else (None, frozen)
-        y = linear(rows, cast(Tensor, weight if ctx.layer is None else ctx.layer.weight), bias)
+        y = product(rows, frozen, bias)
         for part, own, up in zip(_parts(y, ups, 0), _parts(low, ups, 1), ups, strict=True):
             _add_product(part, own, up.to(thin).T)
+        ctx.frozen, weight = (None, frozen) if isinstance(frozen, Tensor) else (frozen, None)
         ctx.save_for_backward(rows, low, weight, *pairs)
         ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
         return y.view(*x.shape[:-1], -1)
@@ -165,7 +168,7 @@ class _LoraLinears(torch.autograd.Function):
         d_pairs = [gradient for pair in zip(d_downs, d_ups, strict=True) for gradient in pair]
         if not ctx.needs_input_grad[0]:  # as of cross-attention's keys and values: captions learn nothing
             return None, None, None, None, *d_pairs
-        dx = g @ (weight if ctx.layer is None else ctx.layer.weight)
+        dx = product_backward(g, weight if ctx.frozen is None else ctx.frozen)
         _add_product(dx, h, _one(downs).to(low.dtype))
         return dx.view(ctx.shape).to(ctx.dtype), None, None, None, *d_pairs
 

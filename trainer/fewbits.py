@@ -50,14 +50,7 @@ class FewBitsLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The whole weight (out, in) in the precision of the computation, made anew: to change it changes nothing."""
-        shape = self.out_features, self.in_features
-        if self.kind == "int8":
-            return self.codes.to(self.dtype).mul_(self.scales)
-        if self.codes.device.type == "meta":
-            return torch.empty(shape, dtype=self.dtype, device="meta")
-        bits = bitsandbytes()
-        state = bits.QuantState(self.scales, shape, dtype=self.dtype, blocksize=_BLOCK, quant_type="nf4")
-        return bits.dequantize_4bit(self.codes, state)
+        return _whole(self.codes, self.scales, self.in_features, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return cast(Tensor, _Product.apply(x, self))
@@ -69,13 +62,45 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FewBitsLinear) -> Tensor:
         ctx.layer, ctx.dtype = layer, x.dtype
-        return linear(x.to(layer.dtype), layer.weight, layer.bias)
+        return product(x.to(layer.dtype), layer, layer.bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        layer = ctx.layer
-        return (gradients[0].to(layer.dtype) @ layer.weight).to(ctx.dtype), None
+        return product_backward(gradients[0].to(ctx.layer.dtype), ctx.layer).to(ctx.dtype), None
+
+
+def product(x: Tensor, frozen: Tensor | FewBitsLinear, bias: Tensor | None) -> Tensor:
+    """x W^T + b of a weight (out, in), or of the layer that keeps it in few bits."""
+    if isinstance(frozen, Tensor):
+        return linear(x, frozen, bias)
+    if not torch.compiler.is_compiling():
+        return linear(x, frozen.weight, bias)
+    y = _product_as_one(x, frozen.codes, frozen.scales, frozen.in_features, False)
+    return y if bias is None else y + bias
+
+
+def product_backward(g: Tensor, frozen: Tensor | FewBitsLinear) -> Tensor:
+    """g W of the same."""
+    if isinstance(frozen, Tensor):
+        return g @ frozen
+    if not torch.compiler.is_compiling():
+        return g @ frozen.weight
+    return _product_as_one(g, frozen.codes, frozen.scales, frozen.in_features, True)
+
+
+@torch.library.custom_op("lorasmith::product_in_few_bits", mutates_args=())
+def _product_as_one(x: Tensor, codes: Tensor, scales: Tensor, inputs: int, is_backward: bool) -> Tensor:
+    """The product with a weight that is made whole, which a compiler does not see: it would make it once for both
+    directions, and keep it from one to the other."""
+    weight = _whole(codes, scales, inputs, x.dtype)
+    return x @ weight if is_backward else linear(x, weight)
+
+
+@_product_as_one.register_fake
+def _(x: Tensor, codes: Tensor, scales: Tensor, inputs: int, is_backward: bool) -> Tensor:  # noqa: ARG001
+    outputs = codes.numel() * (1 if codes.dtype == torch.int8 else 2) // inputs
+    return x.new_empty(*x.shape[:-1], inputs if is_backward else outputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,6 +191,18 @@ def _missing() -> ConfigError:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # rounding
+
+
+def _whole(codes: Tensor, scales: Tensor, inputs: int, dtype: torch.dtype) -> Tensor:
+    """The weight (out, in) of which `_int8` or `_nf4` made these."""
+    if codes.dtype == torch.int8:
+        return codes.to(dtype).mul_(scales)
+    shape = torch.Size((2 * codes.numel() // inputs, inputs))
+    if codes.device.type == "meta":
+        return torch.empty(shape, dtype=dtype, device="meta")
+    bits = bitsandbytes()
+    state = bits.QuantState(scales, shape, dtype=dtype, blocksize=_BLOCK, quant_type="nf4")
+    return bits.dequantize_4bit(codes, state)
 
 
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:

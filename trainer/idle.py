@@ -283,8 +283,6 @@ def _not_to_be_compiled(config: RunConfig) -> tuple[str, str] | None:
         return f"PEFT's layers of kind {config.adapter.kind}", 'adapter.kind = "lora"'
     if config.runtime.attention == "xformers":
         return "xformers' attention", 'runtime.attention = "auto"'
-    if config.runtime.base_weights == "nf4":
-        return "what makes weights of 4 bits whole", 'runtime.base_weights = "int8"'
     return None
 
 

@@ -54,10 +54,12 @@ class Inputs:
         yield from (tensor for tensor in (*others, *text) if tensor is not None)
 
     def to(self, device: torch.device, copy: bool = False) -> Inputs:
-        """On a device; with `copy` in memory of their own in any case."""
+        """From the computer's memory to a device, without waiting for a GPU to have it; with `copy` in memory of their
+        own in any case."""
 
         def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device, copy=copy)
+            there = tensor.pin_memory() if device.type == "cuda" else tensor
+            return there.to(device, non_blocking=device.type == "cuda", copy=copy)
 
         if isinstance(self.text, Tokens):
             text = Tokens([moved(ids) for ids in self.text.ids], self.text.chunks)

@@ -33,7 +33,7 @@ from ..datasets.cache import GoneError, LatentCache, MaskCache, TextCache
 from ..datasets.dataset import Example, Showing, showing
 from . import attention
 from .adapter import ADAPTER, adapter_state, let_drop, load_adapter_state, strength, tuner_layers
-from .arrears import Arrears, Figures, Taken
+from .arrears import Arrears, Taken, steps_ahead
 from .attention import Chosen, Kernels, Shape, attend_by, choose, kernel_named, place_of, shapes_of
 from .averages import Averages
 from .checkpoint import Checkpoint, TrainState, prune_checkpoints, save_checkpoint
@@ -124,7 +124,7 @@ class Trainer:
         if self.config.runtime.compile:
             try_compiler(kind_here())
         self.skipped = 0
-        self.arrears = Arrears(self.accelerator.device)
+        self.arrears = Arrears(self.accelerator.device, steps_ahead(self.accelerator))
         self.emit(Phase("loading the base"))
         vae_dtype = DTYPES[mixed_precision(self.config.runtime.vae_precision)]
         self.dtype = base_dtype(self.config, precision)
@@ -166,8 +166,7 @@ class Trainer:
         self._compile()
         steps = islice(self.plan.order.steps(self.plan.batches_per_step), self.state.step, self.plan.steps)
         for batches in steps:
-            if not (self.graphs and self._replay_step(self.graphs, batches)):
-                self._report(*self.train_step(batches))
+            self.train_step(batches)
 
             # once in a while, or because someone asks: measure, preview, then save
             last, asked = self.state.step == self.plan.steps, self._requests()
@@ -195,36 +194,38 @@ class Trainer:
 
     # -- level 2: one optimizer step ----------------------------------------------------------------------------------
 
-    def train_step(self, batches: list[list[Shot]]) -> tuple[Tensor, Tensor, list[float], float]:
-        """One change of the weights from all images of `batches`, each image counting the same.
+    def train_step(self, batches: list[list[Shot]]) -> None:
+        """One change of the weights from all images of `batches`, each image counting the same. What became of it is
+        told at once, or, where that would be to wait for a GPU, some steps later.
 
-        Returns the mean loss, the norm of the gradients before clipping, the learning rates, and the seconds it took.
+        Raises:
+            TrainingError: if a number of it, or of a step before it, is not finite; the last checkpoint stands.
         """
         started = time.perf_counter()
-        self._set_rates()
-
-        loss = self._finite("loss", self._gradients(batches), batches)
-        norm = self._finite_norm(self._clip(), batches)
-        self._change_weights()
-        self._finite("norm of the weights", get_total_norm(self.optimized), batches)
-
-        self._count(batches)
-        return loss, norm, effective_rates(self.optimizer), time.perf_counter() - started
-
-    def _replay_step(self, graphs: StepGraphs, batches: list[list[Shot]]) -> bool:
-        """Take the same step as one CUDA graph, and tell of it later. False, and nothing is changed, if it is none."""
-        started, rates = time.perf_counter(), self._set_rates()
-        inputs = [self._read(shots, first) for first, shots in parts_of(batches, self._at_once(batches))]
-        figures = graphs.take(inputs, rates)
+        rates = self._set_rates()
+        figures = self._replayed(self.graphs, batches, rates) if self.graphs else None
         if figures is None:
-            self._tell_steps()
-            return False
-        self.averages.update()
+            figures = self._stepped(batches)
         self._count(batches)
-        self.arrears.add(Taken(self.state.step, self.state.images, batches, rates, started), figures)
+        told = effective_rates(self.optimizer)  # of an optimizer that finds its own, those it found
+        self.arrears.add(Taken(self.state.step, self.state.images, batches, told, started), figures)
         if self.arrears.are_due:
             self._tell_steps()
-        return True
+
+    def _stepped(self, batches: list[list[Shot]]) -> Tensor:
+        """Take a step; its figures, as `Figures` has them, (3,)."""
+        loss = self._gradients(batches)
+        norm = self._clip()
+        self._change_weights()
+        return self._figures(loss, norm)
+
+    def _replayed(self, graphs: StepGraphs, batches: list[list[Shot]], rates: list[float]) -> Tensor | None:
+        """Take the same step as one CUDA graph; its figures, (3,). None, and nothing is changed, if it is none."""
+        inputs = [self._read(shots, first) for first, shots in parts_of(batches, self._at_once(batches))]
+        figures = graphs.take(inputs, rates)
+        if figures is not None:
+            self.averages.update()
+        return figures
 
     def _step_on(self, inputs: Sequence[Inputs]) -> Tensor:
         """What a graph records: a step on the parts of its batches. Its figures, as `Figures` has them, (3,)."""
@@ -233,6 +234,10 @@ class Trainer:
         norm = self._clip()
         self.optimizer.step()
         self._zero_grad()
+        return self._figures(loss, norm)
+
+    def _figures(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Of a step that was taken, on the device, where nobody waits for them: (3,)."""
         return torch.stack([loss, norm, get_total_norm(self.optimized)])
 
     def _set_rates(self) -> list[float]:
@@ -244,7 +249,7 @@ class Trainer:
         """Limit the norm of all gradients; returns what it was."""
         most = self.config.optimizer.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(self.optimized, most)
-        return torch.zeros(()) if norm is None else norm
+        return torch.zeros((), device=self.accelerator.device) if norm is None else norm
 
     def _count(self, batches: list[list[Shot]]) -> None:
         self.state.step += 1
@@ -550,16 +555,6 @@ class Trainer:
             return self.base.tokenize(captions)
         return self.text.read(captions).to(self.dtype)
 
-    def _finite(self, what: str, value: Tensor, batches: list[list[Shot]]) -> Tensor:
-        """The value, if it is a number; else a `TrainingError` that names the files of the step."""
-        if not value.isfinite():
-            raise self._not_finite(what, value.item(), batches)
-        return value
-
-    def _finite_norm(self, norm: Tensor, batches: list[list[Shot]]) -> Tensor:
-        """The gradients' norm, if it is a number. fp16's gradient scaler looks for itself, and skips such a step."""
-        return norm if self.accelerator.scaler is not None else self._finite("gradient", norm, batches)
-
     def _not_finite(self, what: str, value: float, batches: list[list[Shot]]) -> TrainingError:
         files = ", ".join(self.plan.examples[shot.image].name for batch in batches for shot in batch)
         return TrainingError(
@@ -598,15 +593,15 @@ class Trainer:
                 Mending(overrides=("runtime.precision=fp32",)),
             )
 
-    def _report(self, loss: Tensor | float, norm: Tensor | float, rates: list[float], seconds: float) -> None:
+    def _report(self, loss: float, norm: float, rates: list[float], seconds: float) -> None:
         """Tell of the step at which the state stands."""
         names = [group["name"] for group in self.optimizer.param_groups]
         self.tell(
             Step(
                 step=self.state.step,
                 images=self.state.images,
-                loss=round(float(loss), 6),
-                grad_norm=round(float(norm), 6),
+                loss=round(loss, 6),
+                grad_norm=round(norm, 6),
                 lr=dict(zip(names, rates, strict=True)),
                 seconds=round(seconds, 4),
                 memory_mib=round(memory_in_use(self.accelerator.device) / 2**20, 1),
@@ -631,7 +626,7 @@ class Trainer:
         told, seconds = self.arrears.read()
         for taken, figures in told:
             self.state.step, self.state.images = taken.step - 1, taken.images - sum(map(len, taken.batches))
-            for what, value in zip(Figures.NAMES, astuple(figures), strict=True):
+            for what, value in figures.looked_at(self.accelerator.scaler is not None):
                 if not math.isfinite(value):
                     raise self._not_finite(what, value, taken.batches)
             self._count(taken.batches)

@@ -58,6 +58,7 @@ def techniques(config: RunConfig, on_gpu: bool, precision: MixedPrecision, fast:
     yield _cached_captions(config)
     yield _resting_encoders(config, on_gpu)
     yield _gradient_checkpointing(config)
+    yield _steps_ahead(on_gpu, precision)
     yield _cuda_graphs(config, on_gpu)
 
 
@@ -180,6 +181,15 @@ def _gradient_checkpointing(config: RunConfig) -> Technique:
         why = f"activations {whose}are computed again in the backward pass: less memory, more time"
         return Technique(name, True, why)
     return Technique(name, False, "it costs a third more time; lorasmith plan --vram says when memory needs it")
+
+
+def _steps_ahead(on_gpu: bool, precision: MixedPrecision) -> Technique:
+    name = "steps ahead"
+    if not on_gpu:
+        return Technique(name, False, "a CPU is never waited for")
+    if precision == "fp16":
+        return Technique(name, False, "fp16's gradient scaler looks at each step")
+    return Technique(name, True, "one process waits for no number of a GPU: up to ten steps are told together")
 
 
 def _cuda_graphs(config: RunConfig, on_gpu: bool) -> Technique:
