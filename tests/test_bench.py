@@ -433,4 +433,6 @@ def test_every_row_can_be_measured(tmp_path: Path, has_gpu: bool, monkeypatch: p
             assert row.name.endswith(f" runtime.{setting}={str(ours[setting]).lower()}")
             switched[setting] += 1
     assert set(switched.values()) == {2}
-    assert {"fast_lora", "autocast"} <= set(switched)
+    assert {"fast_lora", "autocast", "base_weights"} <= set(switched)
+    assert ("attention" in switched) == has_gpu
+    assert performance.book().document.exists()

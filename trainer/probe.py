@@ -11,6 +11,7 @@ from typing import Any
 
 from ..datasets.buckets import Shot
 from ..datasets.dataset import Example
+from .arrears import Arrears
 from .bench.peaks import forget_peak, peak
 from .config import RunConfig
 from .events import Event, Phase, Step, Warned
@@ -71,6 +72,7 @@ def probe(plan: Plan, tell: Callable[[Event], None]) -> Probed:
 
         trainer = Trainer(short, create_run(short.config), emit)
         device = trainer.accelerator.device
+        trainer.arrears = Arrears(device, most=1)  # also a GPU is waited for, so that each step has a time of its own
         loading, can_forget = peak(device), forget_peak(device)
         tell(Phase("trying a few steps"))
         trainer.train(lambda: len(seconds) > STEPS)
