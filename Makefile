@@ -27,10 +27,10 @@ demo: .venv/installed
 	$(BIN)/lorasmith demo
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n $(TESTERS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(TESTERS)
 
 test-all: .venv/installed-dev
-	$(BIN)/python -m pytest -n $(TESTERS) --dist loadgroup --no-loadscope-reorder -m "exhaustive or not exhaustive"
+	$(BIN)/python -m pytest -n $(TESTERS) -m "exhaustive or not exhaustive"
 
 ui: .venv/installed
 	$(BIN)/lorasmith ui

@@ -13,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from hypothesis import settings
 from PIL import Image, ImageDraw
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from lorasmith.trainer.bases import BaseInfo, inspect_base
 from lorasmith.trainer.baseweights import rewrite, unchanged
@@ -102,6 +103,24 @@ _WHOLE_STORIES = ("test_ui_story", "test_ui_train", "test_ui_robust", "test_ui_a
 starve each other; and they get a second try, which the report tells."""
 
 
+class FileByFile(LoadScopeScheduling):
+    """All tests of a file in one process, which makes once what they share; and browsers in two of all. pytest-xdist's
+    own way to group tests (`--dist loadgroup`) does nothing with pytest 9.2, and says nothing
+    (https://github.com/pytest-dev/pytest-xdist/issues/1386)."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        name = Path(nodeid.partition("::")[0]).stem
+        if not name.startswith("test_ui_"):
+            return name
+        return "stories" if name in _WHOLE_STORIES else "pages"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileByFile:
+    config.option.loadscopereorder = False  # `_turn` has put them in order
+    return FileByFile(config, log)
+
+
 def _turn(item: pytest.Item) -> int:
     """Browsers are begun first, because their two groups take longest; then files that take long."""
     name = item.path.stem
@@ -115,10 +134,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         is_alike = item.path.stem in _MANY_ALIKE and _FURTHER.search(item.name)
         if is_alike or any(words in item.name for words in _ELABORATE.get(item.path.stem, ())):
             item.add_marker(pytest.mark.exhaustive)
-        in_browser = item.path.stem.startswith("test_ui_")
-        browsers = "stories" if item.path.stem in _WHOLE_STORIES else "pages"
-        item.add_marker(pytest.mark.xdist_group(browsers if in_browser else item.path.stem))
-        if in_browser:
+        if item.path.stem.startswith("test_ui_"):
             item.add_marker(pytest.mark.flaky(reruns=1))
 
 
