@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from lorasmith.trainer.events import Event, Phase, PlanMade, Step, read_events
 from lorasmith.trainer.jobs import RunFolder, create_run
 from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.plan import make_plan
+
+from . import tiny
 
 FOLDER = Path(str(files("lorasmith.configs").joinpath("accelerate")))
 
@@ -64,7 +67,29 @@ def test_two_processes_come_to_the_same_as_one(short_run, tmp_path: Path):
     assert max(file.stat().st_mtime for file in caches[1].values()) < encoded + 0.01
 
 
-def _settings(folder: Path, name: str, accumulate: int) -> dict[str, object]:
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("runtime", [{"base_weights": "int8"}, {"compile": True}], ids=["8 bits", "compiled"])
+def test_two_processes_do_so_with_what_changes_the_base(runtime: dict[str, Any], short_run, tmp_path: Path):
+    """The UNet alone is trained: compiled blocks are those of the UNet."""
+
+    def config(name: str, accumulate: int) -> RunConfig:
+        settings = _settings(tmp_path, name, accumulate)
+        settings["runtime"] |= runtime
+        unet_alone = {"adapter": {"text_encoder": False}, "optimizer": {"text_encoder_lr": 0.0}}
+        return short_run(**settings, **unet_alone, base={"model": str(tmp_path / "base")})
+
+    tiny.make_sd1(tmp_path / "base", layers_per_block=1)
+    weights, its_events = _alone(config("alone", 2))
+    together = _launched(config("together", 1), tmp_path)
+    told = [record.event for record in read_events(together.events)]
+    one, two = ([event.loss for event in events if isinstance(event, Step)] for events in (its_events, told))
+    assert two == pytest.approx(one, rel=1e-4)
+    trained = load_checkpoint(together.checkpoint(len(two))).adapter
+    for name, tensor in weights.items():
+        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-5)
+
+
+def _settings(folder: Path, name: str, accumulate: int) -> dict[str, Any]:
     budget = {"images": 14, "batch": 2, "accumulate": accumulate}
     cache, formats = str(folder / f"cache {name}"), ["kohya"]
     return {"name": name, "budget": budget, "export": {"formats": formats}, "runtime": {"cache": cache}}

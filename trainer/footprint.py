@@ -30,17 +30,18 @@ from .anatomy import skeleton
 from .architectures import ARCHITECTURES
 from .bases import NO_MODEL, POCKET, BaseInfo
 from .config import RunConfig
+from .denoiser import Denoiser
 from .device import Device, binary, process_bytes
 from .dryrun import Autocast, Taken, forward_alone, forward_and_backward
 from .errors import BaseModelError, first_line
 from .fewbits import keep_in_few_bits, kinds_of
 from .fitting import put_on, trained_parameters
 from .flat import can_be_flat
-from .loop import DTYPES, Denoiser, MixedPrecision, base_dtype, mixed_precision
 from .models import Base, Conditions, Tokens, most_chunks, saved_tokenizer
 from .noise import image_loss
 from .optim import make_optimizer
 from .plan import Plan
+from .precision import DTYPES, MixedPrecision, base_dtype, mixed_precision
 from .sample import pictures_at_once
 from .shelf import LEAST
 from .singlefile import read_single_file, read_vae_file

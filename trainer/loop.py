@@ -39,7 +39,7 @@ from .averages import Averages
 from .checkpoint import Checkpoint, TrainState, prune_checkpoints, save_checkpoint
 from .choosing.choice import Scores
 from .compiled import batches_of_each_shape, compile_blocks, compiler_told, try_compiler, uncompiled
-from .config import Precision, RunConfig
+from .denoiser import Denoiser
 from .device import kind_here
 from .errors import Mending, TrainingError
 from .events import AttentionChosen, Checkpointed, Event, Phase, PlanMade, Sampled, Step, Warned
@@ -51,15 +51,16 @@ from .initial import look_at_data
 from .inputs import Inputs
 from .jobs import Request, RunFolder
 from .memory import OUT_OF_MEMORY, full_memory_is, is_full, memory_of, parts_of, until_it_fits
-from .models import Base, Conditions, Tokens, most_chunks
+from .models import Conditions, Tokens, most_chunks
 from .noise import Draws, add_noise, derive_seed, draw_batch, image_loss, loss_weight, scheduled_huber_c, target_of
 from .optim import effective_rates, load_optimizer, make_optimizer, schedule_factor, set_learning_rates
 from .plan import Plan, prompts_from
+from .precision import DTYPES, base_dtype, mixed_precision
 from .preferences.dpo import Reference, implicit_reward, margins, preference_loss
 from .preferences.start import read_start_of
 from .sample import Drawing, draw, drawn_like, save_previews
 from .scoring import Scoring
-from .shelf import Shelf
+from .shelf import Resting
 from .speed import compute_fast, recompute_activations
 from .stepgraph import StepGraphs
 from .story import DRAWING, SAVING, SCORING, VALIDATING
@@ -67,7 +68,6 @@ from .validation import Validation
 
 Emit = Callable[[Event], None]
 Outcome = Literal["finished", "stopped"]
-MixedPrecision = Literal["no", "fp16", "bf16"]
 Measured = TypeVar("Measured")
 
 _LONGEST_WAIT = timedelta(hours=6)
@@ -76,23 +76,6 @@ _SPLIT = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGAT
 _MOST_SKIPPED = 20
 _LOOKED_AT = 32
 """Batches from which an adapter's first directions are taken."""
-DTYPES: dict[MixedPrecision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class Denoiser(nn.Module):
-    """UNet and, where they are trained, text encoders as one module, so that accelerate wraps and synchronises one."""
-
-    def __init__(self, base: Base, text_encoders_train: bool, autocast: bool = True) -> None:
-        super().__init__()
-        self.family, self.device_type, self.autocast = base.family, base.device.type, autocast
-        self.unet = base.unet
-        self.text_encoders = nn.ModuleList(base.text_encoders.values() if text_encoders_train else [])
-
-    def forward(self, noisy: Tensor, t: Tensor, text: Tokens | Conditions, sizes: Tensor) -> Tensor:
-        """Prediction (batch, 4, h, w); `text` holds token ids if text encoders are trained, conditions if not."""
-        with nullcontext() if self.autocast else torch.autocast(self.device_type, enabled=False):
-            conditions = text if isinstance(text, Conditions) else self.family.encode(list(self.text_encoders), text)
-            return self.family.predict(self.unet, noisy, t, conditions, sizes)
 
 
 class Trainer:
@@ -132,8 +115,8 @@ class Trainer:
         self.base = load_in_few_bits(plan.base, kinds, self.dtype, device, vae_dtype)
         self.alphas_cumprod: Tensor = self.base.scheduler.alphas_cumprod.float()
         self._fill_caches()
-        self.shelf = self._make_shelf()
-        self._let_rest()
+        self.encoders = self._resting()
+        self.encoders.let_rest()
         self._put_on(afresh=checkpoint is None)
         self._prepare(checkpoint)
         self._choose_kernels()
@@ -150,7 +133,7 @@ class Trainer:
             TrainingError: if the loss is not finite; the last checkpoint stands.
         """
         told = compiler_told(str(self.run.path)) if self.to_compile else nullcontext()
-        with self._encoders(resting=True), self._all_told(), told:
+        with self.encoders.resting(), self._all_told(), told:
             return self._train(should_stop)
 
     def _train(self, should_stop: Callable[[], bool]) -> Outcome:
@@ -324,7 +307,7 @@ class Trainer:
         try:
             return work()
         except GoneError as gone:
-            with self._encoders(resting=False):
+            with self.encoders.at_work():
                 self._encode(examples)
             self.emit(Warned(f"{gone.problems[0].where}: {gone.problems[0].what}; made anew"))
         return work()
@@ -399,6 +382,11 @@ class Trainer:
         if not self.config.adapter.trains_text:
             captions = ["", *(caption for example in examples for caption in example.captions)]
             self.text.fill(self.base, captions, self._progress("encoding captions"))
+
+    def _resting(self) -> Resting:
+        """The VAE, and text encoders that stay frozen."""
+        frozen = [] if self.config.adapter.trains_text else list(self.base.text_encoders.values())
+        return Resting([self.base.vae, *frozen], self.accelerator.device, self.plan.cache, self._warn)
 
     def _progress(self, name: str) -> Callable[[int, int], None]:
         return lambda done, total: self.emit(Phase(name, done, total))
@@ -665,7 +653,7 @@ class Trainer:
         self.emit(Phase(DRAWING))
         model, lora = self.plan.base.short_name, "" if untouched else f"{self.config.name} step {step}"
         try:
-            with self._encoders(resting=False), self.as_it_is_used(), strength(self.base, 0 if untouched else 1):
+            with self.encoders.at_work(), self.as_it_is_used(), strength(self.base, 0 if untouched else 1):
                 pictures = draw(self.base, prompts, self.drawing)
             save_previews(self.run.samples(step), pictures, prompts, self.drawing, model, lora)
         except (*OUT_OF_MEMORY, OSError) as error:
@@ -693,7 +681,7 @@ class Trainer:
         device, found = self.accelerator.device, Scores(0, 0, 0)
         if self.accelerator.is_main_process:
             self.emit(Phase(SCORING))
-            with self._encoders(resting=False), self.as_it_is_used():
+            with self.encoders.at_work(), self.as_it_is_used():
                 found = _if_it_fits(lambda: self._scores(scoring))
         if self._agree(found is None):
             why = f"{memory_of(self.accelerator.device)} does not hold what a single picture takes"
@@ -768,48 +756,6 @@ class Trainer:
         finally:
             let_drop(self.base, self.config.adapter.drops)
 
-    @contextmanager
-    def _encoders(self, resting: bool) -> Iterator[None]:
-        """Within the block the VAE and text encoders that stay frozen rest, or they do not: a GPU's memory is for what
-        trains, and they wait in the computer's; without a GPU they wait on the disk, if they are large."""
-        try:
-            self._let_rest() if resting else self._let_work()
-            yield
-        finally:
-            self._let_work() if resting else self._let_rest()
-
-    def _let_rest(self) -> None:
-        for module in self._resting:
-            module.to(torch.device("cpu"))
-        if self.shelf is not None:
-            try:
-                self.shelf.put_away()
-            except OSError as error:
-                self.shelf = None
-                why = f"{self.plan.cache} takes no more ({error.strerror or error})"
-                self.emit(Warned(f"VAE and text encoders stay in memory: {why}"))
-
-    def _let_work(self) -> None:
-        if self.shelf is not None:
-            self.shelf.take_back()
-        for module in self._resting:
-            module.to(self.accelerator.device)
-
-    @property
-    def _resting(self) -> list[nn.Module]:
-        frozen = [] if self.config.adapter.trains_text else list(self.base.text_encoders.values())
-        return [self.base.vae, *frozen]
-
-    def _make_shelf(self) -> Shelf | None:
-        """Where they rest without a GPU; each process of several has its own."""
-        if self.accelerator.device.type != "cpu" or not Shelf.pays(self._resting):
-            return None
-        try:
-            self.plan.cache.mkdir(parents=True, exist_ok=True)
-            return Shelf(self._resting, self.plan.cache)
-        except OSError:  # the caches tell what is wrong with it, when they must be written
-            return None
-
     def _save(self) -> None:
         if self.accelerator.is_main_process:
             self.emit(Phase(SAVING))
@@ -874,17 +820,3 @@ def drop_captions(shown: list[Showing], draws: Tensor) -> list[str]:
         "" if draw < one.example.caption_dropout else one.caption
         for one, draw in zip(shown, draws.tolist(), strict=True)
     ]
-
-
-def base_dtype(config: RunConfig, precision: MixedPrecision) -> torch.dtype:
-    """What the base's weights are kept in. fp32 if they are trained: below it, small changes would be lost."""
-    return torch.float32 if config.adapter.kind == "full" else DTYPES[precision]
-
-
-def mixed_precision(setting: Precision) -> MixedPrecision:
-    """The precision of base and activations on this computer."""
-    if setting != "auto":
-        return "no" if setting == "fp32" else setting
-    if not torch.cuda.is_available():
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

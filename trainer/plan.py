@@ -476,7 +476,7 @@ def _check_graphs(config: RunConfig) -> None:
     """What a configuration that knows no computer cannot tell of them."""
     import torch
 
-    from .loop import mixed_precision
+    from .precision import mixed_precision
 
     where, off = "runtime.cuda_graphs", "Set runtime.cuda_graphs = false"
     if not torch.cuda.is_available():
@@ -501,7 +501,7 @@ def check_attention(config: RunConfig, unet: Any) -> None:
 
     from .attention import refuse_unfit
     from .device import kind_here
-    from .loop import DTYPES, mixed_precision
+    from .precision import DTYPES, mixed_precision
 
     if name not in _NEED_A_GPU or torch.cuda.is_available():  # else `check_devices` tells
         refuse_unfit(name, unet, DTYPES[mixed_precision(config.runtime.precision)], torch.device(kind_here()))

@@ -24,11 +24,12 @@ from .export import Precision
 from .fitting import put_on
 from .formats import Format
 from .jobs import RunFolder, create_run, is_main_process, open_run, saved_step
-from .loop import Emit, Trainer, base_dtype, mixed_precision
+from .loop import Emit, Trainer
 from .memory import is_full
 from .models import Base, load_base
 from .origin import Change
 from .plan import Plan, as_trained, base_of, make_plan
+from .precision import base_dtype, mixed_precision
 from .release import Trained, release
 from .sharing.pictures import read_thumbnail
 from .story import EXPORTING, Story

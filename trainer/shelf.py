@@ -1,4 +1,5 @@
-"""Where the weights of frozen modules rest on the disk while the computer's memory is for what trains."""
+"""Where the weights of frozen modules rest while memory is for what trains: beside a GPU in the computer's memory,
+without one on the disk."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ import sys
 import tempfile
 import weakref
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,63 @@ from .errors import TrainingError
 
 LEAST = 2**26
 """Bytes: modules with fewer weights stay where they are, for it would gain nothing to write them."""
+
+
+class Resting:
+    """Frozen modules that rest while others train. A GPU's memory is for what trains, and they wait in the computer's;
+    without a GPU they wait on the disk, if they are large."""
+
+    def __init__(
+        self, modules: Sequence[nn.Module], device: torch.device, folder: Path, warn: Callable[[str], None]
+    ) -> None:
+        """`device` is where they work; `warn` is told if `folder`, where they would rest on the disk, takes no more."""
+        self.modules, self.device, self.folder, self.warn = modules, device, folder, warn
+        self.shelf = self._make_shelf()
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Within the block they rest."""
+        try:
+            self.let_rest()
+            yield
+        finally:
+            self.let_work()
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Within the block they can be called; after it they rest."""
+        try:
+            self.let_work()
+            yield
+        finally:
+            self.let_rest()
+
+    def let_rest(self) -> None:
+        for module in self.modules:
+            module.to(torch.device("cpu"))
+        if self.shelf is not None:
+            try:
+                self.shelf.put_away()
+            except OSError as error:
+                self.shelf = None
+                why = f"{self.folder} takes no more ({error.strerror or error})"
+                self.warn(f"VAE and text encoders stay in memory: {why}")
+
+    def let_work(self) -> None:
+        if self.shelf is not None:
+            self.shelf.take_back()
+        for module in self.modules:
+            module.to(self.device)
+
+    def _make_shelf(self) -> Shelf | None:
+        """Each process of several has its own."""
+        if self.device.type != "cpu" or not Shelf.pays(self.modules):
+            return None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return Shelf(self.modules, self.folder)
+        except OSError:  # the caches tell what is wrong with it, when they must be written
+            return None
 
 
 class Shelf:

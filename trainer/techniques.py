@@ -13,8 +13,8 @@ from .device import kind_here
 from .fastlora import speed_up
 from .flat import can_be_flat
 from .idle import needs_whole_weights
-from .loop import MixedPrecision, mixed_precision
 from .models import Base
+from .precision import MixedPrecision, mixed_precision
 from .shelf import LEAST
 
 _ON_THE_DISK = f"on the disk while the run trains, if together they take {LEAST >> 20} MiB or more"

@@ -15,8 +15,9 @@ import torch
 from ..config import RunConfig
 from ..errors import ConfigError, UserError
 from ..events import Phase
-from ..loop import DTYPES, Emit, mixed_precision
+from ..loop import Emit
 from ..plan import check_devices
+from ..precision import DTYPES, mixed_precision
 from .case import Case, Protocol, base_and_side, is_among, make_pictures, refuse
 from .figures import Clock, Laps, Ratio, in_turn, spread
 from .machine import machine

@@ -9,8 +9,9 @@ import torch
 from ..config import RunConfig
 from ..events import Event, EventLog
 from ..jobs import create_run
-from ..loop import DTYPES, Emit, Trainer, mixed_precision
+from ..loop import Emit, Trainer
 from ..plan import make_plan
+from ..precision import DTYPES, mixed_precision
 
 
 class Ours:

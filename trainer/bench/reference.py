@@ -39,9 +39,10 @@ from transformers import CLIPTokenizer
 
 from ..config import RunConfig
 from ..events import Phase
-from ..loop import DTYPES, Emit, mixed_precision
+from ..loop import Emit
 from ..models import Base, Tokens, load_base
 from ..plan import as_trained, base_of
+from ..precision import DTYPES, mixed_precision
 from ..targets import layers_of
 
 

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..anatomy import skeleton
 from ..bases import BaseInfo
 from ..config import RunConfig
+from ..denoiser import Denoiser
 from ..fitting import put_on
-from ..loop import Denoiser
 from ..models import Base, Conditions, Tokens, saved_tokenizer
 
 _SIDE, _TRIES = {"cpu": 2048, "cuda": 8192}, {"cpu": 4, "cuda": 20}

@@ -21,10 +21,10 @@ from ..delta import Changes
 from ..errors import RunError, UserError
 from ..files import write_text
 from ..jobs import RunFolder, open_run
-from ..loop import DTYPES, mixed_precision
 from ..loraread import merged, read_lora
 from ..models import Base, load_base
 from ..plan import as_trained, base_of
+from ..precision import DTYPES, mixed_precision
 from ..run import base_to_load
 from ..sample import Drawing, draw, save_picture
 from ..strengths import Strengths
