@@ -85,7 +85,7 @@ _ELABORATE = {
     "test_averages": ("[an average within pytorch-optimizer]",),
     "test_interpolation": ("two_runs_may_differ_in_rank",),
     "test_demo": ("the_measure_tells_true_pictures_apart",),
-    "test_train": ("previews_of_other_prompts_are_never_paired",),
+    "test_train": ("previews_of_other_prompts_are_never_paired", "two_processes_take_the_same"),
     "test_stepgraph": (
         *("by_one_train[sdxl", "by_one_train[huber", "by_one_train[min-snr", "by_one_train[bf16]"),
         *("by_one_train[many", "by_one_train[peft", "by_one_train[dora", "by_one_train[lokr", "by_one_train[pissa"),

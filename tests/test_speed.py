@@ -12,12 +12,13 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from lorasmith.trainer import cpukernels
+from lorasmith.trainer import cpukernels, device
 from lorasmith.trainer.adapter import adapter_state, strength, tuner_layers
 from lorasmith.trainer.bases import inspect_base
 from lorasmith.trainer.checkpoint import load_checkpoint
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.cpukernels import _as_product, _can_be_kept_twice, _InItsOrder, _level, attend, speed_up_on_cpu
+from lorasmith.trainer.device import has_bf16_on_cpu
 from lorasmith.trainer.errors import ConfigError
 from lorasmith.trainer.events import Event, Step, Warned
 from lorasmith.trainer.fastlora import Together, speed_up
@@ -139,7 +140,7 @@ def test_a_convolution_as_a_product_is_the_convolution(size: tuple[int, int], ha
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@pytest.mark.skipif(not has_bf16_on_cpu(), reason="needs a processor with instructions for bf16")
 @pytest.mark.parametrize("side", [1, 3])
 @pytest.mark.parametrize("sizes", [((8, 8), (4, 7)), ((1, 5), (20, 20))])
 def test_a_convolution_in_onednn_s_order_is_the_convolution(side: int, sizes: Sequence[tuple[int, int]]):
@@ -353,3 +354,15 @@ def test_a_run_goes_on_with_matrices_laid_otherwise(short: Callable[..., RunConf
 def test_a_switch_without_effect_is_an_error(short_run: Callable[..., RunConfig], setting: str, over: dict[str, Any]):
     with pytest.raises(ConfigError, match=f"runtime.{setting}: has no effect"):
         short_run(**over)
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_bf16_on_a_processor_without_instructions_for_it_is_a_warning(
+    short_run: Callable[..., RunConfig], has_instructions: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(device, "kind_here", lambda: "cpu")
+    monkeypatch.setattr(device, "has_bf16_on_cpu", lambda: has_instructions)
+    for precision, tells in (("bf16", not has_instructions), ("fp32", False)):
+        told = [what for what in make_plan(short_run(runtime={"precision": precision})).warnings() if "bf16" in what]
+        assert bool(told) is tells
+        assert all('Set it to "auto" or "fp32"' in what for what in told)

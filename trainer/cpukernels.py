@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, linear, pad, scaled_dot_product_attention
 
 from .attention import Attending, is_plain, level
+from .device import has_bf16_on_cpu
 from .fastlora import Together
 
 MOST_PIXELS = 128
@@ -98,8 +99,7 @@ def _can_be_kept_twice(name: str, convolution: nn.Conv2d) -> bool:
     """Whether it is in bf16, and oneDNN is there: in fp32 its order costs more than it saves. What an adapter may be
     merged into stays single."""
     is_known = convolution.weight.device.type == "cpu" and convolution.weight.dtype == torch.bfloat16
-    is_known = is_known and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return is_known and not name.endswith(".base_layer")
+    return is_known and has_bf16_on_cpu() and not name.endswith(".base_layer")
 
 
 class _InItsOrder:

@@ -42,6 +42,12 @@ def kind_here() -> Literal["cpu", "cuda", "mps"]:
     return "mps" if found.type == "mps" else "cuda"
 
 
+def has_bf16_on_cpu() -> bool:
+    """Whether this computer's processors have the instructions; without them bf16 is emulated, many times as slow as
+    fp32."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def device_here() -> Device:
     """With what is free now, and what this process holds of it, for the run comes in its place."""
     kind = kind_here()

@@ -31,7 +31,7 @@ from .architectures import ARCHITECTURES
 from .bases import NO_MODEL, POCKET, BaseInfo
 from .config import RunConfig
 from .denoiser import Denoiser
-from .device import Device, binary, process_bytes
+from .device import Device, binary, has_bf16_on_cpu, process_bytes
 from .dryrun import Autocast, Taken, forward_alone, forward_and_backward
 from .errors import BaseModelError, first_line
 from .fewbits import keep_in_few_bits, kinds_of
@@ -384,7 +384,7 @@ class ForeseenRun:
 def _keep_in_order(unet: Any) -> int:
     """Let convolutions keep nothing that a CPU would compute in oneDNN's own order (`cpukernels.py`), which there is
     not on the meta device; returns the bytes of the copies of their weights that this takes."""
-    if cpukernels._bytes_of_convolutions(unet) > cpukernels.MOST_KEPT_TWICE or not _computes_bf16():
+    if cpukernels._bytes_of_convolutions(unet) > cpukernels.MOST_KEPT_TWICE or not has_bf16_on_cpu():
         return 0
     size = 0
     for name, module in unet.named_modules():
@@ -393,10 +393,6 @@ def _keep_in_order(unet: Any) -> int:
             module.forward = partial(_KeepsNothing.apply, module)
             size += 2 * _tensor_bytes(module.weight)
     return size
-
-
-def _computes_bf16() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class _KeepsNothing(torch.autograd.Function):

@@ -287,6 +287,8 @@ class Plan:
         yield from warnings_of(self.config)
         if self.config.runtime.cuda_graphs:
             yield "runtime.cuda_graphs has not been tried on a GPU yet, and the graphs' memory is not in the estimate."
+        if self.config.runtime.precision == "bf16":
+            yield from _warnings_of_bf16()
         if self.config.runtime.compile and self.steps < REPAYS_AFTER:
             told = "runtime.compile takes a minute or more before the first step"
             yield f"{told}, which {self.steps} steps seldom win back. Set it to false."
@@ -467,6 +469,14 @@ def check_devices(config: RunConfig) -> None:
         if value in _NEED_A_GPU and not torch.cuda.is_available():
             what = f"{value} needs an NVIDIA GPU, and this computer has none"
             raise ConfigError(what, f"runtime.{setting}", f'Set runtime.{setting} = "auto".')
+
+
+def _warnings_of_bf16() -> Iterator[str]:
+    from .device import has_bf16_on_cpu, kind_here
+
+    if kind_here() == "cpu" and not has_bf16_on_cpu():
+        told = 'runtime.precision is "bf16", for which this computer\'s processor has no instructions'
+        yield f'{told}: a step takes many times as long as in fp32. Set it to "auto" or "fp32".'
 
 
 _NEED_A_GPU = {"xformers", "cudnn", "efficient", "fp16"}
