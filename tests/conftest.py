@@ -96,7 +96,7 @@ _ELABORATE = {
 """Tests that take ten seconds to a minute each, in several processes, of what others show on the way."""
 
 
-_LONG = re.compile("test_(queue|painting|cli|requests|train|share|wall|export|real_clients)")
+_LONG = re.compile("test_(queue|painting|cli|requests|train|resume|share|wall|export|effects|footprint|real_clients)")
 """Files that take long and have few tests; they come first, so that none is left to one process at the end."""
 _WHOLE_STORIES = ("test_ui_story", "test_ui_train", "test_ui_robust", "test_ui_api")
 """Browsers and servers that train. They share one process and all other browsers a second one, for more at a time

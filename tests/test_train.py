@@ -99,8 +99,9 @@ def _wrapped(name: str) -> str:
     return f"{path}.base_layer.{leaf}"
 
 
-def test_adapters_are_fp32_on_a_bf16_base(short_run):
-    plan = make_plan(short_run(runtime={"precision": "bf16"}))
+def test_adapters_are_fp32_on_a_bf16_base(short_run, tmp_path):
+    base = {"model": str(tiny.make_sd1(tmp_path / "base", layers_per_block=1))}
+    plan = make_plan(short_run(base=base, runtime={"precision": "bf16"}))
     trainer = Trainer(plan, create_run(plan.config), lambda event: None)
     assert trainer.base.dtype == torch.bfloat16
     assert {parameter.dtype for parameter in trainer.trained} == {torch.float32}
@@ -277,8 +278,8 @@ def test_the_vae_is_loaded_in_full_precision(tmp_path):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in full.vae.state_dict().items())
 
 
-def test_precision_may_change_at_resume(short_run):
-    plan = make_plan(short_run())
+def test_precision_may_change_at_resume(short_run, tmp_path):
+    plan = make_plan(short_run(base={"model": str(tiny.make_sd1(tmp_path / "base", layers_per_block=1))}))
     folder = create_run(plan.config)
     trainer = Trainer(plan, folder, lambda event: None)
     trainer.train(lambda: trainer.state.step == 2)

@@ -10,6 +10,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, l1_loss
 
+from lorasmith.trainer.device import has_bf16_on_cpu
+
 ARCHITECTURE = {
     "in_channels": 3,
     "out_channels": 3,
@@ -84,7 +86,7 @@ def reconstruction_loss(vae: AutoencoderKL, pictures: Tensor, generator: torch.G
 
     The KL-regularised autoencoder of Rombach et al. 2022; its perceptual and adversarial terms would need other models.
     """
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16_on_cpu()):
         posterior = vae.encode(pictures, return_dict=False)[0]
         decoded = vae.decode(posterior.sample(generator), return_dict=False)[0].float()  # pyright: ignore
     edges = sum(l1_loss(decoded.diff(dim=axis), pictures.diff(dim=axis)) for axis in (2, 3))
