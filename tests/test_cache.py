@@ -278,7 +278,7 @@ def test_an_image_edited_between_the_scan_and_the_encode_leaves_no_stale_entry(
     (photos / "a.png").write_bytes(original)
     again = examples_of(photos)
     cache.fill(base, again, quiet)
-    torch.testing.assert_close(cache.read(shown(again))[0][0], expected, rtol=0, atol=1e-4)  # encoded beside others
+    torch.testing.assert_close(cache.read(shown(again))[0][0], expected, rtol=1e-5, atol=1e-5)  # encoded beside others
 
 
 def test_the_cache_folder_may_be_deleted_at_any_time(base: Base, cache: LatentCache, photos: Path, tmp_path: Path):

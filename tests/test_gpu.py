@@ -86,10 +86,9 @@ def test_a_setting_trains_what_a_plain_run_trains(setting: str, tmp_path: Path):
 
 def test_half_precision_stays_with_fp32_for_long(tmp_path: Path):
     """Over 200 steps: the mean of the last fifty is the same within two hundredths."""
-    case = Case(precision="bf16", batch=2)
     means = []
     for precision in ("bf16", "fp32"):
-        config = a_run(tmp_path, precision, {"runtime": {"precision": precision}}, case)
+        config = a_run(tmp_path, precision, {"runtime": {"precision": precision}})
         config.budget.images = 400
         means.append(sum(losses_of(config)[-50:]) / 50)
     assert means[0] == pytest.approx(means[1], rel=0.02)
