@@ -60,7 +60,10 @@ def kept_by(trainer: Trainer, largest: Largest) -> int:
 
 
 def taken_by(trainer: Trainer, largest: Largest) -> int:
-    """The most bytes at any time of a real forward and backward pass, beyond the weights."""
+    """The most bytes at any time of a real forward and backward pass, beyond the weights; of the second, for the first
+    writes weights in other orders."""
+    trainer._accumulated([list(largest.shots)], largest.images)
+    trainer._zero_grad()
     with Live(weights_of(trainer)) as live:
         trainer._accumulated([list(largest.shots)], largest.images)
     return live.peak

@@ -144,7 +144,7 @@ def test_a_convolution_as_a_product_is_the_convolution(size: tuple[int, int], ha
 
 @pytest.mark.skipif(not has_bf16_on_cpu(), reason="needs a processor with instructions for bf16")
 @pytest.mark.parametrize("side", [1, 3])
-@pytest.mark.parametrize("sizes", [((8, 8), (4, 7)), ((1, 5), (20, 20))])
+@pytest.mark.parametrize("sizes", [((8, 8), (4, 7)), ((1, 5), (20, 20)), ((24, 24), (25, 25))])
 def test_a_convolution_in_onednn_s_order_is_the_convolution(side: int, sizes: Sequence[tuple[int, int]]):
     """At each of two sizes in turn, forward and backward."""
     convolution = nn.Conv2d(12, 20, side, padding=side // 2).bfloat16().requires_grad_(False)
@@ -161,6 +161,23 @@ def test_a_convolution_in_onednn_s_order_is_the_convolution(side: int, sizes: Se
             answers.append((y.detach(), x.grad))
         for one, other in zip(*answers, strict=True):
             torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(not has_bf16_on_cpu(), reason="needs a processor with instructions for bf16")
+def test_a_weight_is_in_the_order_for_each_size_of_its_input(monkeypatch: pytest.MonkeyPatch):
+    """In that for another one a convolution of these channels takes a hundred times as long on some processors. The
+    orders of the last sizes are kept, in both directions."""
+    monkeypatch.setattr(cpukernels, "ORDERS_KEPT", 2)
+    convolution = nn.Conv2d(24, 12, 3, padding=1).bfloat16().requires_grad_(False)
+    ordered, made = _InItsOrder(convolution), list[tuple[tuple[int, ...], bool]]()
+    write = ordered._ordered
+    monkeypatch.setattr(_InItsOrder, "_ordered", lambda _, *key: made.append((tuple(key[0]), key[1])) or write(*key))
+    ordered = _InItsOrder(convolution)
+    for size in (8, 4, 8, 4, 6, 8, 30):
+        x = torch.randn(2, 24, size, size, dtype=torch.bfloat16, requires_grad=True)
+        ordered(x).sum().backward()
+    kept = [((2, 24, size, size), (2, 12, size, size)) for size in (8, 4, 6, 8)]
+    assert made == [told for forward, backward in kept for told in ((forward, True), (backward, False))]
 
 
 def test_layers_that_read_the_same_are_one_function():

@@ -2,10 +2,10 @@
 
 Convolutions: oneDNN writes a weight in an order of its own for each image anew, forward and backward, which over few
 pixels takes longer than the convolution. Where all weights of a UNet's convolutions are small, they are kept in that
-order as well, once for each direction. Large ones are left as they are but for those over few pixels: these become one
-product of matrices, the pixels with their neighbours times the weight as it lies in memory. Attention over short
-sequences: PyTorch's kernel for CPUs is made for long ones, and takes twice as long below them as two products and a
-softmax.
+order as well, for each direction and each size of a batch. Large ones are left as they are but for those over few
+pixels: these become one product of matrices, the pixels with their neighbours times the weight as it lies in memory.
+Attention over short sequences: PyTorch's kernel for CPUs is made for long ones, and takes twice as long below them as
+two products and a softmax.
 
 Which of two ways is taken depends on shapes alone, so that a run that is resumed computes as one that was not.
 """
@@ -13,7 +13,7 @@ Which of two ways is taken depends on shapes alone, so that a run that is resume
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
@@ -32,6 +32,11 @@ oneDNN's time, at 256 the same."""
 MOST_KEPT_TWICE = 2**26
 """Bytes: up to so many of all convolutions together, their weights are kept in oneDNN's order besides. Measured on the
 pocket base: the convolutions take between a third and two thirds of the time."""
+MOST_PIXELS_IN_ORDER = 24**2
+"""Of an image: a convolution over more of them is PyTorch's, which takes in other orders. Measured: at 16 x 16 one in a
+kept order takes 0.7 to 0.85 of its time, at 24 x 24 nearly the same, at 64 x 64 half as much again."""
+ORDERS_KEPT = 4
+"""For as many sizes of a batch, the last that were used: more take memory, and fewer are written anew too often."""
 SHORT = 2**20
 """Up to so many pairs of a query and a key, attention is two products and a softmax. Above, that needs much memory."""
 TINY = 2**13
@@ -39,13 +44,13 @@ TINY = 2**13
 takes two thirds of the time of products in bf16."""
 
 
-def speed_up_on_cpu(unet: Any, latents: int, attention: bool = True) -> None:
-    """Let a frozen UNet on a CPU compute the fast way; `latents` are those of the largest batch, all together. Without
-    `attention` its convolutions alone do."""
-    keep_twice = _bytes_of_convolutions(unet) <= MOST_KEPT_TWICE
+def speed_up_on_cpu(unet: Any, latents: int, compiled: bool = False) -> None:
+    """Let a frozen UNet on a CPU compute the fast way; `latents` are those of the largest batch, all together. If it
+    will be `compiled`, attention and the order of weights are left to the compiler."""
+    keep_twice = not compiled and _bytes_of_convolutions(unet) <= MOST_KEPT_TWICE
     for name, module in unet.named_modules():
         if isinstance(module, Attention):
-            if not attention or type(module.processor) is not AttnProcessor2_0 or not is_plain(module):
+            if compiled or type(module.processor) is not AttnProcessor2_0 or not is_plain(module):
                 continue
             module.set_processor(cast(Any, _ShortAttention(module)))
             module.forward = partial(_attended, module, module.forward)
@@ -55,6 +60,16 @@ def speed_up_on_cpu(unet: Any, latents: int, attention: bool = True) -> None:
             cast(Any, module).forward = _InItsOrder(module)
         elif _is_small(module, latents / 4 ** _level(unet, name)):
             _as_product(module)
+
+
+def in_their_order(unet: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions whose weights are kept in oneDNN's order as well."""
+    return [module for module in unet.modules() if isinstance(vars(module).get("forward"), _InItsOrder)]  # pyright: ignore
+
+
+def suits_order(x: Tensor) -> bool:
+    """Whether such a convolution takes x (batch, channels, h, w) in a kept order."""
+    return x.shape[-2] * x.shape[-1] <= MOST_PIXELS_IN_ORDER
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,32 +113,38 @@ def _bytes_of_convolutions(unet: nn.Module) -> int:
 def _can_be_kept_twice(name: str, convolution: nn.Conv2d) -> bool:
     """Whether it is in bf16, and oneDNN is there: in fp32 its order costs more than it saves. What an adapter may be
     merged into stays single."""
-    is_known = convolution.weight.device.type == "cpu" and convolution.weight.dtype == torch.bfloat16
-    return is_known and has_bf16_on_cpu() and not name.endswith(".base_layer")
+    is_known = convolution.weight.dtype == torch.bfloat16 and has_bf16_on_cpu()
+    return is_known and not name.endswith(".base_layer")
 
 
 class _InItsOrder:
     """The forward of a frozen convolution that keeps the size, with its weight in oneDNN's order for both directions.
 
-    Backward, the gradient is convolved with the weight turned by half a circle, its inputs and outputs exchanged.
+    Backward, the gradient is convolved with the weight turned by half a circle, its inputs and outputs exchanged. Which
+    order is best depends on the size of the input; in that for another one, oneDNN may find no fast kernel and take a
+    hundred times as long.
     """
 
     def __init__(self, convolution: nn.Conv2d) -> None:
-        weight, self.bias, self.padding = convolution.weight.detach(), convolution.bias, list(convolution.padding)
-        self.forward = self._ordered(weight)
-        self.backward = self._ordered(weight.flip(2, 3).transpose(0, 1).contiguous())
+        self.convolution = convolution
+        self.ordered = lru_cache(2 * ORDERS_KEPT)(self._ordered)
 
-    def _ordered(self, weight: Tensor) -> Tensor:
-        ones = [1, 1]
-        return torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), self.padding, ones, ones, 1)  # pyright: ignore
+    def _ordered(self, shape: torch.Size, is_forward: bool) -> Tensor:
+        weight, ones = self.convolution.weight.detach(), [1, 1]
+        directed = weight if is_forward else weight.flip(2, 3).transpose(0, 1).contiguous()
+        order: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # pyright: ignore[reportAttributeAccessIssue]
+        return order(directed.to_mkldnn(), self.convolution.padding, ones, ones, 1, shape)
 
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ones = [1, 1]
+    def convolve(self, x: Tensor, is_forward: bool) -> Tensor:
+        """Of x (batch, channels, h, w) in the precision of the weight."""
+        weight, bias, ones = self.ordered(x.shape, is_forward), self.convolution.bias if is_forward else None, [1, 1]
         run = torch.ops.mkldnn._convolution_pointwise
-        return run(x, weight, bias, self.padding, ones, ones, 1, "none", [], "").contiguous()
+        return run(x, weight, bias, self.convolution.padding, ones, ones, 1, "none", [], "").contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return cast(Tensor, _Ordered.apply(x, self))
+        if suits_order(x):
+            return cast(Tensor, _Ordered.apply(x, self))
+        return self.convolution._conv_forward(x, self.convolution.weight, self.convolution.bias)
 
 
 class _Ordered(torch.autograd.Function):
@@ -132,13 +153,14 @@ class _Ordered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: _InItsOrder) -> Tensor:
         ctx.order, ctx.dtype = order, x.dtype
-        return order.convolve(x.to(order.forward.dtype), order.forward, order.bias)
+        return order.convolve(x.to(order.convolution.weight.dtype), is_forward=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         order = ctx.order
-        return order.convolve(gradients[0].to(order.forward.dtype), order.backward, None).to(ctx.dtype), None
+        gradient = gradients[0].to(order.convolution.weight.dtype)
+        return order.convolve(gradient, is_forward=False).to(ctx.dtype), None
 
 
 class _Product(torch.autograd.Function):

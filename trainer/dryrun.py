@@ -76,7 +76,8 @@ def _on_shapes(live: Live, autocast: Autocast | None) -> ExitStack:
 
 
 class Live(TorchDispatchMode):
-    """Adds up the memory of all tensors that are made and not yet given up; what is `present` before does not count."""
+    """Adds up the memory of all tensors that are made and not yet given up; what is `present` before does not count,
+    nor do weights in oneDNN's order, which have no storage."""
 
     def __init__(self, present: Iterable[Tensor]) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not tensor.is_mkldnn:
                 self._count(tensor.untyped_storage())
         return made
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL
@@ -24,14 +24,14 @@ from torch.nn import functional
 from transformers import CLIPTokenizer
 
 from ..datasets.buckets import Shot
-from . import cpukernels
 from .adapter import let_drop
 from .anatomy import skeleton
 from .architectures import ARCHITECTURES
 from .bases import NO_MODEL, POCKET, BaseInfo
 from .config import RunConfig
+from .cpukernels import ORDERS_KEPT, in_their_order, suits_order
 from .denoiser import Denoiser
-from .device import Device, binary, has_bf16_on_cpu, process_bytes
+from .device import Device, binary, process_bytes
 from .dryrun import Autocast, Taken, forward_alone, forward_and_backward
 from .errors import BaseModelError, first_line
 from .fewbits import keep_in_few_bits, kinds_of
@@ -169,7 +169,6 @@ class ForeseenRun:
     def __init__(self, plan: Plan, device: Device) -> None:
         self.plan, self.config, self.device = plan, plan.config, device
         self.precision: MixedPrecision = precision_on(device, self.config)
-        self.ordered = 0
         self.dtype = base_dtype(self.config, self.precision)
         self.base = skeleton(plan.base)
         for module in self.base.components.values():
@@ -191,10 +190,18 @@ class ForeseenRun:
         recompute_activations(base, config)
         let_drop(base, config.adapter.drops)
         needs_autocast = compute_fast(base, config, self.dtype, self.plan.latents_at_once, on_cpu)
-        if on_cpu and config.runtime.cpu_kernels and not config.runtime.channels_last:
-            self.ordered = _keep_in_order(base.unet)
+        self.ordered = self._in_order()
         self.autocasts = self.precision != "no" and needs_autocast
         self.denoiser = Denoiser(base, config.adapter.trains_text)
+
+    def _in_order(self) -> int:
+        """The bytes of weights that a CPU keeps in oneDNN's own order as well. There is none on the meta device: such
+        convolutions keep nothing there, as they do not here."""
+        convolutions = in_their_order(self.base.unet)
+        for convolution in convolutions:
+            cast(Any, convolution).forward = partial(_keeping_nothing, convolution)
+        orders = min(len(self.plan.batch_of_each_shape()), ORDERS_KEPT) if convolutions else 0
+        return 2 * orders * sum(_tensor_bytes(convolution.weight) for convolution in convolutions)
 
     def footprint(self) -> Footprint:
         drawing = self._drawing() if self.config.sample.every else None
@@ -285,7 +292,7 @@ class ForeseenRun:
 
     @property
     def _copies(self) -> list[Item]:
-        why = "convolutions once more for each direction, in oneDNN's order"
+        why = "convolutions once more for each direction and size of a batch, in oneDNN's order"
         return [Item("copies of weights", self.ordered, why)] if self.ordered else []
 
     # -- what is trained ----------------------------------------------------------------------------------------------
@@ -381,18 +388,10 @@ class ForeseenRun:
         return self.vae.decode(torch.zeros(pictures, 4, edge, edge, dtype=self.vae.dtype)).sample.float()
 
 
-def _keep_in_order(unet: Any) -> int:
-    """Let convolutions keep nothing that a CPU would compute in oneDNN's own order (`cpukernels.py`), which there is
-    not on the meta device; returns the bytes of the copies of their weights that this takes."""
-    if cpukernels._bytes_of_convolutions(unet) > cpukernels.MOST_KEPT_TWICE or not has_bf16_on_cpu():
-        return 0
-    size = 0
-    for name, module in unet.named_modules():
-        is_one = isinstance(module, nn.Conv2d) and cpukernels._keeps_size(module) and not name.endswith(".base_layer")
-        if is_one and module.weight.dtype == torch.bfloat16:
-            module.forward = partial(_KeepsNothing.apply, module)
-            size += 2 * _tensor_bytes(module.weight)
-    return size
+def _keeping_nothing(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    if suits_order(x):
+        return cast(Tensor, _KeepsNothing.apply(convolution, x))
+    return convolution._conv_forward(x, convolution.weight, convolution.bias)
 
 
 class _KeepsNothing(torch.autograd.Function):

@@ -54,7 +54,7 @@ def compute_fast(base: Base, config: RunConfig, dtype: torch.dtype, latents: int
     if config.runtime.channels_last:
         base.unet.to(memory_format=torch.channels_last)
     elif config.runtime.cpu_kernels and on_cpu:
-        speed_up_on_cpu(base.unet, latents, attention=not config.runtime.compile)  # it is within the compiled blocks
+        speed_up_on_cpu(base.unet, latents, config.runtime.compile)
     fast = sum(map(speed_up, components)) if config.runtime.fast_lora else 0
     all_are_fast = fast == sum(1 for component in components for _ in tuner_layers(component))
     is_lean = dtype == torch.bfloat16 and all_are_fast and not config.adapter.new_tokens

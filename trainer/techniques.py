@@ -127,7 +127,7 @@ def _cpu_kernels(config: RunConfig, on_gpu: bool) -> Technique:
     if runtime.channels_last:
         return Technique(name, False, "runtime.channels_last takes its place")
     if runtime.compile:
-        return Technique(name, True, "small convolutions are products of matrices; attention is compiled instead")
+        return Technique(name, True, "convolutions over few pixels are products of matrices; all else is left to the compiler")
     return Technique(name, True, "small convolutions and short attention are products of matrices, faster on a CPU")
 
 
