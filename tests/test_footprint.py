@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lorasmith.trainer import activations
 from lorasmith.trainer.config import RunConfig
 from lorasmith.trainer.device import GIB, Device, binary, card, device_here
 from lorasmith.trainer.dryrun import Live, Taken
@@ -115,6 +116,21 @@ def test_what_a_step_keeps_is_foreseen(short_run: Callable[..., RunConfig], over
 def test_the_peak_of_a_step_is_foreseen(short_run: Callable[..., RunConfig], over: dict[str, Any]):
     plan = make_plan(short_run(**over))
     assert foreseen(plan).peak == pytest.approx(taken_by(trainer_of(plan), Largest.of(plan)), rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_lean_activations_are_foreseen(
+    short_run: Callable[..., RunConfig], precision: str, monkeypatch: pytest.MonkeyPatch
+):
+    """All of them: on the embedded base none is large."""
+    monkeypatch.setattr(activations, "FEW", 0)
+    kept = []
+    for is_lean in (True, False):
+        runtime = {"precision": precision, "lean_activations": is_lean}
+        plan = make_plan(short_run(name=f"run-{is_lean}", **UNET_ALONE, runtime=runtime))
+        kept.append(foreseen(plan).kept)
+        assert kept[-1] == pytest.approx(kept_by(trainer_of(plan), Largest.of(plan)), rel=0.1)
+    assert kept[0] < 0.8 * kept[1]
 
 
 def test_an_sdxl_is_foreseen(short_run: Callable[..., RunConfig], tmp_path: Path):
@@ -281,7 +297,10 @@ def test_what_fits_in_no_way_is_one_error_with_numbers(roomy: Plan):
             UNET_ALONE,
             {"channels_last", "compile", "gradient_checkpointing", "cuda_graphs", "base_weights", "attention by shape"},
         ),
-        ({"runtime": {"cpu_kernels": False}}, {"cpu_kernels", "cached captions", "steps ahead"}),
+        (
+            {"runtime": {"cpu_kernels": False, "lean_activations": False}},
+            {"cpu_kernels", "lean_activations", "cached captions", "steps ahead"},
+        ),
         ({"adapter": {"dropout": 0.1}, "runtime": {"precision": "bf16"}}, {"fast_lora", "no autocast"}),
         ({"optimizer": {"kind": "lion"}, "adapter": {"kind": "loha"}}, {"fast_lora", "flat_optimizer"}),
     ],
@@ -293,7 +312,7 @@ def test_techniques_are_told_with_their_reasons(
     found = {one["name"]: one for one in make_plan(short_run(**over)).facts()["techniques"]}
     assert {name for name, one in found.items() if not one["on"]} >= off
     assert all(one["why"] for one in found.values())
-    assert len(found) == 14
+    assert len(found) == 15
 
 
 def test_a_probe_measures_the_largest_batch(short_run: Callable[..., RunConfig]):

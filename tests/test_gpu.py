@@ -44,6 +44,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
     "channels last": ({"runtime": {"channels_last": True}}, 0.01),
     "recomputed": ({"runtime": {"gradient_checkpointing": True}}, 0.01),
     "peft's layers": ({"runtime": {"fast_lora": False}}, 0.02),
+    "all activations": ({"runtime": {"lean_activations": False}}, 0.01),
     "matrices one by one": ({"runtime": {"flat_optimizer": False}}, 0.01),
     "dora": ({"adapter": {"kind": "dora"}}, 0.05),
     "adamw in 8 bits": ({"optimizer": {"kind": "adamw8bit"}}, 0.05),

@@ -461,6 +461,9 @@ class RuntimeSection(Section):
     autocast: bool = False
     """Let PyTorch choose the precision of each operation. false: with bf16 all of a base whose layers are fast ones
     computes in bf16, which takes less time and memory; everything else is autocast in any case."""
+    lean_activations: bool = True
+    """Keep of the UNet's convolutions, norms and gated units nothing large for the backward pass that it can make again
+    at once: the same result in less memory. false: all that PyTorch keeps."""
     flat_optimizer: bool = True
     """Keep all matrices of one learning rate side by side in memory, so that AdamW's step is one operation for all.
     false: one for each. Other optimizers, which may look at single matrices, always get them singly."""

@@ -139,15 +139,16 @@ def _refusal(draft: _Draft) -> UserError:
 
 
 def _free_of_cost(draft: _Draft) -> _Draft:
-    """What takes less memory and less time."""
-    runtime, changes = draft.plan.config.runtime, []
-    if draft.plan.config.adapter.kind != "lora":
-        return draft
-    if not runtime.fast_lora:
-        changes.append(
-            Change("runtime.fast_lora", True, "keeps less of each layer, and is faster, with the same result")
-        )
-    if runtime.autocast:
+    """What takes less memory and no more time."""
+    runtime, is_lora = draft.plan.config.runtime, draft.plan.config.adapter.kind == "lora"
+    changes: list[Change] = []
+    if not runtime.lean_activations:
+        why = "keeps nothing that the backward pass can make again at once, with the same result"
+        changes.append(Change("runtime.lean_activations", True, why))
+    if is_lora and not runtime.fast_lora:
+        why = "keeps less of each layer, and is faster, with the same result"
+        changes.append(Change("runtime.fast_lora", True, why))
+    if is_lora and runtime.autocast:
         why = "computes in the base's precision, which takes less and is faster"
         changes.append(Change("runtime.autocast", False, why))
     return draft.changed(*changes)

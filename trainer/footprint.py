@@ -199,7 +199,8 @@ class ForeseenRun:
         convolutions keep nothing there, as they do not here."""
         convolutions = in_their_order(self.base.unet)
         for convolution in convolutions:
-            cast(Any, convolution).forward = partial(_keeping_nothing, convolution)
+            kept = cast(Any, convolution.forward)
+            cast(Any, convolution).forward = partial(_keeping_nothing, convolution, kept.usual)
         orders = min(len(self.plan.batch_of_each_shape()), ORDERS_KEPT) if convolutions else 0
         return 2 * orders * sum(_tensor_bytes(convolution.weight) for convolution in convolutions)
 
@@ -388,10 +389,8 @@ class ForeseenRun:
         return self.vae.decode(torch.zeros(pictures, 4, edge, edge, dtype=self.vae.dtype)).sample.float()
 
 
-def _keeping_nothing(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    if suits_order(x):
-        return cast(Tensor, _KeepsNothing.apply(convolution, x))
-    return convolution._conv_forward(x, convolution.weight, convolution.bias)
+def _keeping_nothing(convolution: nn.Conv2d, usual: Any, x: Tensor) -> Tensor:
+    return _KeepsNothing.apply(convolution, x) if suits_order(x) else usual(x)
 
 
 class _KeepsNothing(torch.autograd.Function):

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from .activations import keep_less
 from .adapter import tuner_layers
 from .config import RunConfig
 from .cpukernels import speed_up_on_cpu
@@ -51,6 +52,8 @@ def compute_fast(base: Base, config: RunConfig, dtype: torch.dtype, latents: int
         on_cpu: whether that is what will compute; a base of shapes alone does not know it.
     """
     components = base.components.values()
+    if config.runtime.lean_activations:
+        keep_less(base.unet, config.runtime.compile)
     if config.runtime.channels_last:
         base.unet.to(memory_format=torch.channels_last)
     elif config.runtime.cpu_kernels and on_cpu:

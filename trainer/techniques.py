@@ -49,6 +49,7 @@ def techniques(config: RunConfig, on_gpu: bool, precision: MixedPrecision, fast:
     yield _fast_lora(config, fast)
     yield _no_autocast(config, precision, fast)
     yield _flat_optimizer(config)
+    yield _lean_activations(config)
     yield _attention(config, on_gpu)
     yield _cpu_kernels(config, on_gpu)
     yield _channels_last(config, on_gpu)
@@ -105,6 +106,14 @@ def _flat_optimizer(config: RunConfig) -> Technique:
     return Technique(name, False, next((reason for reason, holds in reasons.items() if holds), left_out))
 
 
+def _lean_activations(config: RunConfig) -> Technique:
+    name = "lean_activations"
+    if not config.runtime.lean_activations:
+        return Technique(name, False, "runtime.lean_activations is false")
+    frozen = "" if config.adapter.kind == "full" else "frozen convolutions keep no input, norms and "
+    return Technique(name, True, f"{frozen}gated units keep theirs alone: the backward pass makes the rest again")
+
+
 def _attention(config: RunConfig, on_gpu: bool) -> Technique:
     name, asked = "attention by shape", config.runtime.attention
     if asked == "sdpa":
@@ -127,7 +136,9 @@ def _cpu_kernels(config: RunConfig, on_gpu: bool) -> Technique:
     if runtime.channels_last:
         return Technique(name, False, "runtime.channels_last takes its place")
     if runtime.compile:
-        return Technique(name, True, "convolutions over few pixels are products of matrices; all else is left to the compiler")
+        return Technique(
+            name, True, "convolutions over few pixels are products of matrices; all else is left to the compiler"
+        )
     return Technique(name, True, "small convolutions and short attention are products of matrices, faster on a CPU")
 
 
