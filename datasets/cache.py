@@ -130,11 +130,12 @@ class LatentCache:
         views = [(example, view) for example in examples for view in example.views]
         missing = [pair for pair in views if self.cache.read(self.path(*pair)) is None]
         present, files = len(views) - len(missing), _Unchanged()
-        if missing:
-            self.cache.clear_up()
         progress(present, len(views))
-        with ThreadPoolExecutor(_READERS) as readers:
-            batches = list(batches_of_one_size(missing, 0 if base.device.type == "cpu" else _PIXELS_AT_ONCE))
+        if not missing:
+            return 0
+        self.cache.clear_up()
+        with base.at_work("VAE"), ThreadPoolExecutor(_READERS) as readers:
+            batches = list(batches_of_one_size(missing, 0 if base.vae.device.type == "cpu" else _PIXELS_AT_ONCE))
             coming = [readers.submit(_pixels_of, batch) for batch in batches[:_READERS]]
             for number, batch in enumerate(batches):
                 pixels = coming.pop(0).result()
@@ -207,7 +208,7 @@ def encode_what_fits(base: Base, batch: Sequence[Shown], pixels: np.ndarray) -> 
 
 def _too_large(example: Example, view: View, base: Base) -> DataError:
     width, height = view.fit.bucket
-    what = f"{memory_of(base.device)} does not hold it in the VAE, at {width} x {height} pixels"
+    what = f"{memory_of(base.vae.device)} does not hold it in the VAE, at {width} x {height} pixels"
     smaller = "" if base.vae.dtype != torch.float32 else 'set runtime.vae_precision = "bf16", '
     return DataError(what, str(example.item.path), f"Lower data.resolution, {smaller}or end what else uses it.")
 
@@ -304,14 +305,10 @@ class TextCache:
         missing = [caption for caption in dict.fromkeys(captions) if self.cache.read(self.path(caption)) is None]
         if missing:
             self.cache.clear_up()
-        for done, caption in enumerate(missing):
-            progress(done, len(missing))
-            with torch.no_grad(), full_memory_is(_too_long(caption, base)):
-                conditions = base.encode([caption]).to("cpu", torch.float32)
-            entry = {"hidden": conditions.hidden[0].contiguous()}
-            if conditions.pooled is not None:
-                entry["pooled"] = conditions.pooled[0].contiguous()
-            self.cache.write(self.path(caption), entry)
+            with base.at_work("text encoders"):
+                for done, caption in enumerate(missing):
+                    progress(done, len(missing))
+                    self.cache.write(self.path(caption), _encoded(caption, base))
         progress(len(missing), len(missing))
         return len(missing)
 
@@ -330,6 +327,13 @@ class TextCache:
         return Conditions(same_length([entry["hidden"] for entry in entries]), pooled)
 
 
+def _encoded(caption: str, base: Base) -> dict[str, Tensor]:
+    with torch.no_grad(), full_memory_is(_too_long(caption, base)):
+        conditions = base.encode([caption]).to("cpu", torch.float32)
+    pooled = {} if conditions.pooled is None else {"pooled": conditions.pooled[0].contiguous()}
+    return {"hidden": conditions.hidden[0].contiguous()} | pooled
+
+
 def _too_long(caption: str, base: Base) -> DataError:
-    what = f"{memory_of(base.device)} does not hold it in the text encoders"
+    what = f"{memory_of(base.text_device)} does not hold it in the text encoders"
     return DataError(what, repr(caption), "End what else uses it, or shorten the caption if it is very long.")

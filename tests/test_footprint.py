@@ -220,15 +220,14 @@ def test_fewer_pictures_at_once_come_first_and_a_step_stays_as_large(roomy: Plan
     assert "runtime.gradient_checkpointing" not in found
 
 
-@pytest.mark.parametrize("tight", ["training", "encoding"])
 @pytest.mark.parametrize(("room", "kind"), [(9, "int8"), (5, "nf4")])
-def test_a_base_in_few_bits_comes_after_all_that_is_more_exact(roomy: Plan, tight: str, room: int, kind: str):
+def test_a_base_in_few_bits_comes_after_all_that_is_more_exact(roomy: Plan, room: int, kind: str):
     """Where nothing else makes room, for its weights are all that there is."""
     pytest.importorskip("bitsandbytes")
 
     def taken(plan: Plan, device: Device) -> Footprint:
         weights = {"full": 16, "int8": 8, "nf4": 4}[plan.config.runtime.base_weights]
-        sizes = {"encoding": 1, "training": 1} | {tight: weights}
+        sizes = {"encoding": 1, "training": weights}
         encoding, training = (Stage(name, (Item("UNet", size * GIB, ""),)) for name, size in sizes.items())
         return Footprint(encoding, training, None)
 
@@ -238,42 +237,52 @@ def test_a_base_in_few_bits_comes_after_all_that_is_more_exact(roomy: Plan, tigh
 
     found = {change.setting: change.value for change in fit_in(room).changes}
     assert found["runtime.base_weights"] == kind
-    others = {
-        "training": {"runtime.gradient_checkpointing": True, "optimizer.kind": "adamw8bit"},
-        "encoding": {"runtime.vae_precision": "bf16"},
-    }[tight]
+    others = {"runtime.gradient_checkpointing": True, "optimizer.kind": "adamw8bit"}
     assert {setting: found[setting] for setting in others} == others
     with pytest.raises(UserError, match=r"there are 3\.00 GiB"):
         fit_in(3)
 
 
-def test_no_setting_is_proposed_twice(roomy: Plan):
-    """Where encoding asks for 8 bits, and training for 4."""
-    pytest.importorskip("bitsandbytes")
-    need = {"full": (9, 9), "int8": (1, 9), "nf4": (1, 1)}
+@pytest.mark.parametrize(
+    ("room", "meant"),
+    [(9, {}), (5, {"runtime.vae_precision": "bf16"}), (3, {"sample.every": 0})],
+    ids=["room", "half of the VAE", "no previews"],
+)
+def test_previews_are_decoded_in_half_precision_before_they_are_left_out(
+    short_run: Callable[..., RunConfig], room: int, meant: dict[str, Any]
+):
+    plan = make_plan(short_run(**UNET_ALONE, sample={"every": 2, "prompts": ["an owl"]}))
 
     def taken(plan: Plan, device: Device) -> Footprint:
-        encoding, training = need[plan.config.runtime.base_weights]
-        return Footprint(
-            Stage("encoding", (Item("UNet", encoding * GIB, ""),)),
-            Stage("training", (Item("UNet", training * GIB, ""),)),
-            None,
-        )
+        runtime, sample = plan.config.runtime, plan.config.sample
+        sizes = {"encoding": 1, "training": 2, "drawing": 8 if runtime.vae_precision == "fp32" else 4}
+        encoding, training, drawing = (Stage(name, (Item("all", size * GIB, ""),)) for name, size in sizes.items())
+        return Footprint(encoding, training, drawing if sample.every else None)
 
-    device = Device("cuda", "a card", 5 * GIB, is_here=False)
-    settings = [change.setting for change in cheapest_fit(roomy, device, taken(roomy, device), taken).changes]
-    assert settings.count("runtime.base_weights") == 1
-    assert len(settings) == len(set(settings))
+    device = Device("cuda", "a card", room * GIB, is_here=False)
+    fit = cheapest_fit(plan, device, taken(plan, device), taken)
+    assert {change.setting: change.value for change in fit.changes} == meant
 
 
-def test_without_a_gpu_a_base_in_few_bits_is_whole_while_it_is_loaded(short_run: Callable[..., RunConfig]):
+def test_without_a_gpu_a_base_in_few_bits_is_whole_while_images_are_encoded(short_run: Callable[..., RunConfig]):
     plan = make_plan(short_run(**UNET_ALONE, runtime={"base_weights": "int8"}))
-    here, there = footprint(plan, CPU), footprint(plan, card(8))
-    assert [stage.name for stage in here.stages] == ["loading the base", "encoding images", "training"]
-    assert [stage.name for stage in there.stages] == ["encoding images", "training"]
-    unet = next(item for item in here.training.items if item.name == "UNet")
-    assert unet.size < next(item for item in here.stages[0].items if item.name == "base").size / 2
-    assert "in int8" in unet.why
+    here = footprint(plan, CPU)
+    whole, few = (next(item for item in stage.items if item.name == "UNet") for stage in (here.encoding, here.training))
+    assert few.size < 0.8 * whole.size
+    assert "in int8" in few.why
+
+
+def test_a_gpu_has_but_one_of_encoders_and_unet_at_a_time(short_run: Callable[..., RunConfig]):
+    """But for the UNet, which stays while previews are drawn; of the embedded base the text encoder takes more than the
+    VAE with what it decodes."""
+    plan = make_plan(short_run(**UNET_ALONE, sample={"every": 2, "prompts": ["an owl"]}))
+    stages = {stage.name: {item.name for item in stage.items} for stage in footprint(plan, card(8)).stages}
+    models = {"UNet", "VAE", "text encoder"}
+    assert {name: items & models for name, items in stages.items()} == {
+        "encoding images": {"VAE"},
+        "training": {"UNet"},
+        "drawing previews": {"UNet", "text encoder"},
+    }
 
 
 def test_what_fits_in_no_way_is_one_error_with_numbers(roomy: Plan):

@@ -23,9 +23,12 @@ from lorasmith.trainer.events import Event, Step
 from lorasmith.trainer.footprint import footprint
 from lorasmith.trainer.jobs import create_run
 from lorasmith.trainer.loop import Trainer
+from lorasmith.trainer.models import Base
 from lorasmith.trainer.plan import check_devices, make_plan
 from lorasmith.trainer.rerun import verify_resume
 from lorasmith.trainer.run import train
+
+from .test_shelf import watched
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -108,6 +111,24 @@ def test_an_export_is_verified(tmp_path: Path):
     sample = {"every": STEPS, "prompts": ["a red house"], "steps": 4}
     exports = train(make_plan(a_run(tmp_path, "run", {"sample": sample})), lambda event: None).exports
     assert any(path.suffix == ".safetensors" for path in exports)
+
+
+def test_encoders_are_there_while_they_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And the UNet once they have read what is cached."""
+    seen = watched(monkeypatch, devices)
+    losses_of(a_run(tmp_path, "run", {"sample": {"every": STEPS, "prompts": ["a red house"], "steps": 2}}))
+    assert seen == {
+        "posterior": {("cuda", "cpu", "cpu")},
+        "encode": {("cpu", "cuda", "cpu"), ("cpu", "cuda", "cuda")},  # captions, then prompts
+        "denoising": {("cpu", "cpu", "cuda")},
+        "decode": {("cuda", "cpu", "cuda")},
+        "loss": {("cpu", "cpu", "cuda")},
+    }
+
+
+def devices(base: Base) -> tuple[str, ...]:
+    """Of VAE, text encoder and UNet."""
+    return tuple(module.device.type for module in (base.vae, base.text_encoders["text_encoder"], base.unet))
 
 
 @pytest.mark.parametrize("over", [{}, {"runtime": {"gradient_checkpointing": True}}], ids=["usual", "recomputed"])

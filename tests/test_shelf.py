@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from lorasmith.trainer import shelf
 from lorasmith.trainer.config import RunConfig
+from lorasmith.trainer.encoder import to_tensor
 from lorasmith.trainer.errors import TrainingError
 from lorasmith.trainer.events import Event, Sampled, Warned
 from lorasmith.trainer.jobs import create_run
 from lorasmith.trainer.loop import Trainer
+from lorasmith.trainer.models import Base
 from lorasmith.trainer.plan import make_plan
-from lorasmith.trainer.shelf import Shelf
+from lorasmith.trainer.shelf import Resting, Shelf
 
 
 def module() -> nn.Module:
@@ -58,12 +62,57 @@ def test_small_modules_stay_where_they_are(monkeypatch: pytest.MonkeyPatch):
     assert not Shelf.pays([module().to("meta")])
 
 
+def test_within_a_block_at_work_another_one_lets_nothing_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shelf, "LEAST", 0)
+    one = module()
+    before, resting = copies(one), Resting("it", [one], torch.device("cpu"), tmp_path, pytest.fail)
+    resting.let_rest()
+    with resting.at_work():
+        with resting.at_work():
+            pass
+        torch.testing.assert_close(copies(one), before, rtol=0, atol=0)
+    assert not any(tensor.numel() for tensor in copies(one))
+    with pytest.raises(RuntimeError), resting.at_work():
+        raise RuntimeError
+    assert not any(tensor.numel() for tensor in copies(one))
+    with resting.resting():
+        pass
+    torch.testing.assert_close(copies(one), before, rtol=0, atol=0)
+
+
 def run(config: RunConfig) -> tuple[list[Event], Trainer]:
     events: list[Event] = []
     plan = make_plan(config)
     trainer = Trainer(plan, create_run(plan.config), events.append)
     assert trainer.train(lambda: False) == "finished"
     return events, trainer
+
+
+def watched(
+    monkeypatch: pytest.MonkeyPatch, tell: Callable[[Base], tuple[Any, ...]]
+) -> dict[str, set[tuple[Any, ...]]]:
+    """What can be told of a base whenever a part of it is called, by what is called."""
+    seen: dict[str, set[tuple[Any, ...]]] = {}
+
+    def watch(owner: Any, name: str) -> None:
+        usual = getattr(owner, name)
+
+        def called(self: Any, *args: Any) -> Any:
+            seen.setdefault(name, set()).add(tell(self if isinstance(self, Base) else self.base))
+            return usual(self, *args)
+
+        monkeypatch.setattr(owner, name, called)
+
+    for name in ("posterior", "encode", "denoising", "decode"):
+        watch(Base, name)
+    watch(Trainer, "loss")
+    return seen
+
+
+def have_weights(base: Base) -> tuple[bool, bool]:
+    """The VAE, and the text encoder."""
+    vae, text = (next(module.parameters()).numel() > 0 for module in (base.vae, base.text_encoders["text_encoder"]))
+    return vae, text
 
 
 def test_a_run_draws_although_its_encoders_rest(
@@ -74,18 +123,23 @@ def test_a_run_draws_although_its_encoders_rest(
         "optimizer": {"text_encoder_lr": 0.0},
         "sample": {"every": 2, "steps": 1, "prompts": ["emoji of owl"]},
     }
+    run(short_run(name="usual", **over))
     monkeypatch.setattr(shelf, "LEAST", 0)
-    resting_at: list[bool] = []
-    usual = Trainer.train_step
-
-    def watched(self: Trainer, batches: list) -> None:
-        resting_at.append(self.base.vae.encoder.conv_in.weight.numel() == 0)
-        usual(self, batches)
-
-    monkeypatch.setattr(Trainer, "train_step", watched)
-    events, trainer = run(short_run(name="resting", **over))
-    assert resting_at
-    assert all(resting_at)
+    seen = watched(monkeypatch, have_weights)
+    events, trainer = run(short_run(name="resting", runtime={"cache": str(tmp_path / "another")}, **over))
+    assert seen.pop("encode") <= {(True, True), (False, True)}
+    assert seen == {
+        "posterior": {(True, True)},  # the first to come, when nothing has gone to rest yet
+        "denoising": {(False, False)},
+        "decode": {(True, False)},
+        "loss": {(False, False)},
+    }
+    drawn = [
+        [to_tensor([Image.open(file)]) for file in sorted((tmp_path / "runs" / name / "samples").rglob("*.png"))]
+        for name in ("usual", "resting")
+    ]
+    assert len(drawn[0]) == 4
+    torch.testing.assert_close(*drawn, rtol=0, atol=0)
     assert not [event for event in events if isinstance(event, Warned)]
     assert [event.step for event in events if isinstance(event, Sampled)] == [0, 2, 4, 5]
     assert trainer.base.vae.encoder.conv_in.weight.numel()

@@ -115,15 +115,18 @@ class _Draft:
         """Whether training alone fits."""
         return self.now.training.size <= self.device.room
 
+    @property
+    def draws(self) -> bool:
+        """Whether drawing alone fits, or nothing is drawn."""
+        return not self.now.drawing or self.now.drawing.size <= self.device.room
+
     def changed(self, *changes: Change) -> _Draft:
         """With some settings changed, and what it takes then."""
         if not changes:
             return self
         overrides = [change.override for change in changes]
         plan = replace(self.plan, config=validate(self.plan.config.model_dump(), "the plan", overrides))
-        settings = {change.setting for change in changes}
-        before = (change for change in self.changes if change.setting not in settings)
-        return replace(self, plan=plan, now=self.predict(plan, self.device), changes=(*before, *changes))
+        return replace(self, plan=plan, now=self.predict(plan, self.device), changes=(*self.changes, *changes))
 
 
 def _refusal(draft: _Draft) -> UserError:
@@ -155,12 +158,14 @@ def _free_of_cost(draft: _Draft) -> _Draft:
 
 
 def _encoding(draft: _Draft) -> _Draft:
-    """A VAE in half precision; where the base itself leaves no room for it, that in few bits."""
-    if not draft.encodes and draft.plan.config.runtime.vae_precision == "fp32":
-        why = "the VAE takes half; a picture that overflows is encoded anew in fp32"
-        draft = draft.changed(Change("runtime.vae_precision", "bf16", why))
-    smaller = [draft.changed(change) for change in _few_bits(draft)] if not draft.encodes else []
-    return next((found for found in smaller if found.encodes), draft)
+    return draft if draft.encodes else _half_of_the_vae(draft)
+
+
+def _half_of_the_vae(draft: _Draft) -> _Draft:
+    if draft.plan.config.runtime.vae_precision != "fp32":
+        return draft
+    why = "the VAE takes half; a picture that overflows goes through it anew in fp32"
+    return draft.changed(Change("runtime.vae_precision", "bf16", why))
 
 
 def _training(draft: _Draft) -> _Draft:
@@ -178,9 +183,13 @@ def _training(draft: _Draft) -> _Draft:
 
 
 def _drawing(draft: _Draft) -> _Draft:
-    """Previews that are left out are missed less than a run that does not start."""
-    if not draft.now.drawing or draft.now.drawing.size <= draft.device.room:
+    """Previews are decoded in half precision, or left out: they are missed less than a run that does not start."""
+    if draft.draws:
         return draft
+    smaller = _half_of_the_vae(draft)
+    if smaller.draws:
+        return smaller
+    assert draft.now.drawing
     short = binary(draft.now.drawing.size - draft.device.room)
     why = f"previews would take {short} more than there is; draw them afterwards with lorasmith sample"
     return draft.changed(Change("sample.every", 0, why))

@@ -1,9 +1,8 @@
 """How much memory a run takes at its peak, and of what that is made: foreseen on shapes alone.
 
 A run has three stages, each with a peak of its own: images and captions are encoded, the weights are trained, previews
-are drawn; where a base in few bits is rounded in the same memory, loading it is another. Weights, gradients and the
-optimizer's state are counted; what a stage keeps while it computes is found by a dry run of it (`dryrun.py`) at the
-largest batch.
+are drawn. Weights, gradients and the optimizer's state are counted; what a stage keeps while it computes is found by a
+dry run of it (`dryrun.py`) at the largest batch.
 """
 
 from __future__ import annotations
@@ -95,12 +94,10 @@ class Footprint:
     training: Stage
     drawing: Stage | None
     """None where no previews are drawn."""
-    loading: Stage | None = None
-    """None where all that is loaded stays as it is: a base in few bits is whole before."""
 
     @property
     def stages(self) -> list[Stage]:
-        return [stage for stage in (self.loading, self.encoding, self.training, self.drawing) if stage]
+        return [stage for stage in (self.encoding, self.training, self.drawing) if stage]
 
     @property
     def peak(self) -> int:
@@ -206,22 +203,16 @@ class ForeseenRun:
 
     def footprint(self) -> Footprint:
         drawing = self._drawing() if self.config.sample.every else None
-        return Footprint(self._encoding(), self._training(), drawing, self._loading())
-
-    def _loading(self) -> Stage | None:
-        """Of a GPU this asks nothing: it gets what is in few bits already."""
-        if self.device.is_gpu or not self.kinds:
-            return None
-        why = f"{_millions(sum(self.numbers.values()))} weights in {_NAMES[self.dtype]}, before they are rounded"
-        return Stage("loading the base", (self._around, Item("base", sum(self.whole.values()), why), self._vae))
+        return Footprint(self._encoding(), self._training(), drawing)
 
     def _encoding(self) -> Stage:
-        """Everything is there, and the largest picture is in the VAE; more of them are only where there is room."""
+        """The largest picture is in the VAE; more of them are only where there is room. A GPU has nothing else yet, and
+        text encoders, which come to it after the VAE, take less there than the UNet will."""
         width, height = self.largest.width, self.largest.height
         taken = forward_alone(lambda: self._posterior(width, height), _tensors(self.vae))
         why = f"the VAE encodes one picture of {width}x{height} at a time, in {_NAMES[self.vae.dtype]}"
-        items = [self._around, *self._frozen(["unet", *self.base.text_encoders]), self._vae]
-        return Stage("encoding images", (*items, Item("activations", taken.peak, why)))
+        beside = [] if self.device.is_gpu else [self._whole(name) for name in self.base.components]
+        return Stage("encoding images", (self._around, *beside, self._vae, Item("activations", taken.peak, why)))
 
     def _training(self) -> Stage:
         taken, largest = self.step(), self.largest
@@ -244,19 +235,23 @@ class ForeseenRun:
             yield Item("held back", HELD_BACK + int(SHARE_HELD_BACK * alive), why)
 
     def _drawing(self) -> Stage:
-        """Everything is there again; of a GPU only the least is asked, one picture at a time."""
+        """Text encoders, UNet and VAE work one after the other, and the UNet stays; of a GPU only the least is asked,
+        one picture at a time."""
         side = self.plan.base.resolution
         pictures = 1 if self.device.is_gpu else min(len(self.config.sample.prompts), pictures_at_once(side)) or 1
         denoising = forward_alone(lambda: self._denoised(side, 2 * pictures), _tensors(self.denoiser), self._autocast())
         decoding = forward_alone(lambda: self._decoded(side, pictures), _tensors(self.vae))
-        longest = "the UNet draws" if denoising.peak > decoding.peak else "the VAE decodes"
-        one = "one picture" if pictures == 1 else f"{pictures} pictures"
-        items = [self._around, *self._frozen(["unet", *self.base.text_encoders]), self._vae]
-        items += [*self._of_what_is_trained(), *self._copies]
+        what = f"{'one picture' if pictures == 1 else f'{pictures} pictures'} of {side}x{side} at a time"
+        drawn = Item("activations", denoising.peak, f"the UNet draws {what}")
+        decoded = Item("activations", decoding.peak, f"the VAE decodes {what}")
+        staying, reading = self._staying, self._frozen(self._reading)
+        turns = [reading, [drawn], [self._vae, decoded]]
+        turns = [[*turn, *(item for item in staying if item not in turn)] for turn in turns]
+        longest = max(turns, key=lambda turn: sum(item.size for item in turn))
+        items = [self._around, *self._frozen(self._at_work), *self._of_what_is_trained(), *self._copies]
         if self._has_averages:
             items.append(Item("trained weights put aside", 4 * self._trained_numbers, "averaged ones draw instead"))
-        why = f"{longest} {one} of {side}x{side} at a time"
-        return Stage("drawing previews", (*items, Item("activations", max(denoising.peak, decoding.peak), why)))
+        return Stage("drawing previews", (*items, *longest))
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
@@ -268,6 +263,10 @@ class ForeseenRun:
 
     def _frozen(self, names: Sequence[str]) -> list[Item]:
         return [Item(_TITLES[name], self.weights[name], self._kept_in(name)) for name in names]
+
+    def _whole(self, name: str) -> Item:
+        """Before anything is in few bits."""
+        return Item(_TITLES[name], self.whole[name], f"{_millions(self.numbers[name])} weights in {_NAMES[self.dtype]}")
 
     def _kept_in(self, name: str) -> str:
         linear = f", those of linear layers in {self.kinds[name]}" if name in self.kinds else ""
@@ -284,12 +283,18 @@ class ForeseenRun:
         return ["unet", *(self.base.text_encoders if self.config.adapter.trains_text else ())]
 
     @property
+    def _reading(self) -> list[str]:
+        """The text encoders that stay frozen."""
+        return [name for name in self.base.components if name not in self._at_work]
+
+    @property
     def _staying(self) -> list[Item]:
         """What does not rest while the run trains: small encoders without a GPU stay where they are (`shelf.py`)."""
-        frozen = [name for name in self.base.components if name not in self._at_work]
-        items = [*self._frozen(frozen), self._vae]
-        rests = self.device.is_gpu or sum(item.size for item in items) >= LEAST
-        return [] if rests else items
+        kinds = [[self._vae], self._frozen(self._reading)]
+        return [item for items in kinds for item in items if not self._rest(items)]
+
+    def _rest(self, items: Sequence[Item]) -> bool:
+        return self.device.is_gpu or sum(item.size for item in items) >= LEAST
 
     @property
     def _copies(self) -> list[Item]:

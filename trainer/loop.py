@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, astuple, replace
 from datetime import timedelta
 from functools import partial
@@ -43,7 +43,7 @@ from .denoiser import Denoiser
 from .device import kind_here
 from .errors import Mending, TrainingError
 from .events import AttentionChosen, Checkpointed, Event, Phase, PlanMade, Sampled, Step, Warned
-from .fewbits import kinds_of, load_in_few_bits
+from .fewbits import keep_in_few_bits, kinds_of
 from .fitting import parameter_groups, parts, put_on, read_start
 from .flat import Flat, can_be_flat
 from .idle import RATES
@@ -51,7 +51,7 @@ from .initial import look_at_data
 from .inputs import Inputs
 from .jobs import Request, RunFolder
 from .memory import OUT_OF_MEMORY, full_memory_is, is_full, memory_of, parts_of, until_it_fits
-from .models import Conditions, Tokens, most_chunks
+from .models import Conditions, Encoder, Tokens, load_base, most_chunks
 from .noise import Draws, add_noise, derive_seed, draw_batch, image_loss, loss_weight, scheduled_huber_c, target_of
 from .optim import effective_rates, load_optimizer, make_optimizer, schedule_factor, set_learning_rates
 from .plan import Plan, prompts_from
@@ -111,12 +111,11 @@ class Trainer:
         self.emit(Phase("loading the base"))
         vae_dtype = DTYPES[mixed_precision(self.config.runtime.vae_precision)]
         self.dtype = base_dtype(self.config, precision)
-        kinds, device = kinds_of(self.config), self.accelerator.device
-        self.base = load_in_few_bits(plan.base, kinds, self.dtype, device, vae_dtype)
+        self.base = load_base(plan.base, self.dtype, vae_dtype=vae_dtype)
+        self.base.resting = self._resting()
         self.alphas_cumprod: Tensor = self.base.scheduler.alphas_cumprod.float()
         self._fill_caches()
-        self.encoders = self._resting()
-        self.encoders.let_rest()
+        self._take_up()
         self._put_on(afresh=checkpoint is None)
         self._prepare(checkpoint)
         self._choose_kernels()
@@ -133,7 +132,7 @@ class Trainer:
             TrainingError: if the loss is not finite; the last checkpoint stands.
         """
         told = compiler_told(str(self.run.path)) if self.to_compile else nullcontext()
-        with self.encoders.resting(), self._all_told(), told:
+        with self._encoders_resting(), self._all_told(), told:
             return self._train(should_stop)
 
     def _train(self, should_stop: Callable[[], bool]) -> Outcome:
@@ -307,8 +306,7 @@ class Trainer:
         try:
             return work()
         except GoneError as gone:
-            with self.encoders.at_work():
-                self._encode(examples)
+            self._encode(examples)
             self.emit(Warned(f"{gone.problems[0].where}: {gone.problems[0].what}; made anew"))
         return work()
 
@@ -383,10 +381,31 @@ class Trainer:
             captions = ["", *(caption for example in examples for caption in example.captions)]
             self.text.fill(self.base, captions, self._progress("encoding captions"))
 
-    def _resting(self) -> Resting:
-        """The VAE, and text encoders that stay frozen."""
-        frozen = [] if self.config.adapter.trains_text else list(self.base.text_encoders.values())
-        return Resting([self.base.vae, *frozen], self.accelerator.device, self.plan.cache, self._warn)
+    def _resting(self) -> dict[Encoder, Resting]:
+        """The VAE, and text encoders that stay frozen: while one works on a GPU, the other is not there."""
+        modules: dict[Encoder, list[nn.Module]] = {"VAE": [self.base.vae]}
+        if not self.config.adapter.trains_text:
+            modules["text encoders"] = list(self.base.text_encoders.values())
+        where = self.accelerator.device, self.plan.cache, self._warn
+        return {name: Resting(name, those, *where) for name, those in modules.items()}
+
+    def _take_up(self) -> None:
+        """What a step computes with goes where it will compute, and all else to rest."""
+        for one in self.base.resting.values():
+            one.let_rest()
+        device, config = self.accelerator.device, self.config
+        keep_in_few_bits(self.base, kinds_of(config), device)
+        for name, module in self.base.components.items():
+            if name == "unet" or config.adapter.trains_text:
+                module.to(device)
+
+    @contextmanager
+    def _encoders_resting(self) -> Iterator[None]:
+        """Within the block what is not trained rests; after it all of the base is ready."""
+        with ExitStack() as stack:
+            for one in self.base.resting.values():
+                stack.enter_context(one.resting())
+            yield
 
     def _progress(self, name: str) -> Callable[[int, int], None]:
         return lambda done, total: self.emit(Phase(name, done, total))
@@ -653,7 +672,7 @@ class Trainer:
         self.emit(Phase(DRAWING))
         model, lora = self.plan.base.short_name, "" if untouched else f"{self.config.name} step {step}"
         try:
-            with self.encoders.at_work(), self.as_it_is_used(), strength(self.base, 0 if untouched else 1):
+            with self.as_it_is_used(), strength(self.base, 0 if untouched else 1):
                 pictures = draw(self.base, prompts, self.drawing)
             save_previews(self.run.samples(step), pictures, prompts, self.drawing, model, lora)
         except (*OUT_OF_MEMORY, OSError) as error:
@@ -681,7 +700,7 @@ class Trainer:
         device, found = self.accelerator.device, Scores(0, 0, 0)
         if self.accelerator.is_main_process:
             self.emit(Phase(SCORING))
-            with self.encoders.at_work(), self.as_it_is_used():
+            with self.base.at_work("VAE"), self.as_it_is_used():
                 found = _if_it_fits(lambda: self._scores(scoring))
         if self._agree(found is None):
             why = f"{memory_of(self.accelerator.device)} does not hold what a single picture takes"

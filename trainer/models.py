@@ -6,11 +6,11 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -33,7 +33,11 @@ from .errors import BaseModelError, first_line
 from .jsonfile import LARGEST
 from .ldm import from_ldm, vae_from_file
 from .loraread import merge, read_lora
+from .shelf import Resting
 from .singlefile import read_single_file, read_vae_file
+
+Encoder = Literal["VAE", "text encoders"]
+"""What works for a while only: on pictures, on captions."""
 
 
 @dataclass
@@ -44,6 +48,9 @@ class Conditions:
     """(batch, tokens, width): what cross-attention reads."""
     pooled: Tensor | None = None
     """(batch, width): SDXL's sentence embedding; None for SD 1 and SD 2."""
+
+    def __getitem__(self, rows: slice) -> Conditions:
+        return Conditions(self.hidden[rows], None if self.pooled is None else self.pooled[rows])
 
     def to(self, *args: Any, **kwargs: Any) -> Conditions:
         pooled = None if self.pooled is None else self.pooled.to(*args, **kwargs)
@@ -169,6 +176,9 @@ class Base:
     """`UNet2DConditionModel`."""
     scheduler: DDIMScheduler
     new_tokens: NewTokens | None = None
+    resting: dict[Encoder, Resting] = field(default_factory=dict)
+    """Of what is not trained and only now and then at work: where it rests meanwhile. Empty: all is ready at any time.
+    """
 
     @property
     def family(self) -> Family:
@@ -186,6 +196,10 @@ class Base:
     @property
     def device(self) -> torch.device:
         return self.unet.device
+
+    def at_work(self, encoder: Encoder) -> AbstractContextManager[None]:
+        """Within the block the VAE, or the text encoders, can be called."""
+        return self.resting[encoder].at_work() if encoder in self.resting else nullcontext()
 
     def to(self, device: str | torch.device) -> None:
         """Move all components."""
@@ -210,6 +224,7 @@ class Base:
 
     def _through_vae(self, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         """What the VAE makes of a batch, fp32; what is not finite in half precision is run again in fp32."""
+        batch = batch.to(self.vae.device)
         made = run(batch.to(self.vae.dtype)).float()
         failed = ~made.isfinite().flatten(1).all(1)
         if self.vae.dtype != torch.float32 and failed.any():
@@ -234,16 +249,29 @@ class Base:
         return [framed(chunk, length, start, end, pad) for chunk in chunks_of(ids, length, comma)]  # pyright: ignore
 
     def encode(self, captions: Sequence[str]) -> Conditions:
-        """Captions to conditions, on the base's device."""
-        return self.family.encode(list(self.text_encoders.values()), self.tokenize(captions).to(self.device))
+        """Captions to conditions, where the text encoders are."""
+        return self.family.encode(list(self.text_encoders.values()), self.tokenize(captions).to(self.text_device))
+
+    @property
+    def text_device(self) -> torch.device:
+        return next(iter(self.text_encoders.values())).device
 
     def pipeline(self) -> Any:
-        """A diffusers pipeline over these very components, for previews."""
+        """A diffusers pipeline over these very components."""
         names = [f"tokenizer{suffix}" for suffix in ("", "_2")]
-        extra: dict[str, Any] = dict(zip(names, self.tokenizers, strict=False)) | self.text_encoders
+        return self._pipeline(vae=self.vae, **dict(zip(names, self.tokenizers, strict=False)), **self.text_encoders)
+
+    def denoising(self) -> Any:
+        """A diffusers pipeline over the UNet alone: from encoded prompts to latents, wherever encoders and VAE are."""
+        pipeline = self._pipeline(vae=None, tokenizer=None, tokenizer_2=None, **dict.fromkeys(self.text_encoders))
+        pipeline.vae_scale_factor = self.info.vae_factor
+        return pipeline
+
+    def _pipeline(self, **components: Any) -> Any:
         if self.info.family != "sdxl":
-            extra |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipeline = self.family.pipeline_class(vae=self.vae, unet=self.unet, scheduler=self.scheduler, **extra)
+            components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            components.pop("tokenizer_2", None)
+        pipeline = self.family.pipeline_class(unet=self.unet, scheduler=self.scheduler, **components)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

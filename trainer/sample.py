@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
@@ -60,11 +60,15 @@ def draw(
     `after_step` is called after every step of the sampler; what it raises ends the drawing.
     """
     at_once = pictures_at_once(drawing.size)
-    wanted = list(enumerate(prompts, drawing.seed))
-    together = partial(_draw_together, base, drawing, after_step)
-    pictures: list[Image.Image] = []
-    for start in range(0, len(wanted), at_once):
-        pictures += in_halves(together, wanted[start : start + at_once])
+    together = [range(start, min(start + at_once, len(prompts))) for start in range(0, len(prompts), at_once)]
+    with base.at_work("text encoders"):
+        texts = [text for part in together for text in _read(base, [prompts[n] for n in part], drawing)]
+    wanted, latents, pictures = list(enumerate(texts, drawing.seed)), list[Tensor](), list[Image.Image]()
+    for part in together:
+        latents += in_halves(partial(_denoised, base, drawing, after_step), [wanted[number] for number in part])
+    with base.at_work("VAE"):
+        for part in together:
+            pictures += in_halves(partial(_decoded, base), [latents[number] for number in part])
     return pictures
 
 
@@ -74,26 +78,29 @@ def pictures_at_once(size: int) -> int:
 
 
 @torch.no_grad()
-def _draw_together(
-    base: Base, drawing: Drawing, after_step: Callable[[], None], wanted: Sequence[tuple[int, str]]
-) -> list[Image.Image]:
-    """`wanted` are seeds and prompts."""
-    prompts = [prompt for _, prompt in wanted]
+def _read(base: Base, prompts: Sequence[str], drawing: Drawing) -> list[Conditions]:
+    """Of each picture that is drawn together with others, its prompt and its negative prompt: (2, tokens, width)."""
+    with _in_precision_of(base):
+        text = base.encode([*prompts, *[drawing.negative_prompt] * len(prompts)]).to(base.device, base.dtype)
+    return [text[number :: len(prompts)] for number in range(len(prompts))]
+
+
+@torch.no_grad()
+def _denoised(
+    base: Base, drawing: Drawing, after_step: Callable[[], None], wanted: Sequence[tuple[int, Conditions]]
+) -> list[Tensor]:
+    """`wanted` are seeds, and texts as `_read` gives them; latents of each, (1, 4, h, w)."""
 
     def step_taken(*_: Any) -> dict[str, Any]:
         after_step()
         return {}  # nothing is changed
 
-    with (
-        torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32),
-        warnings.catch_warnings(),
-    ):
+    with _in_precision_of(base), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="__array__ implementation")  # between diffusers and newer numpys
-        pipeline = base.pipeline()
+        pipeline = base.denoising()
         pipeline.scheduler = scheduler_of(base, drawing.sampler)
-        text = base.encode([*prompts, *[drawing.negative_prompt] * len(prompts)]).to(base.device, base.dtype)
         latents = pipeline(
-            **_as_pipelines_take_it(text),
+            **_as_pipelines_take_it([text for _, text in wanted]),
             generator=[torch.Generator().manual_seed(seed) for seed, _ in wanted],
             num_inference_steps=drawing.steps,
             guidance_scale=drawing.guidance,
@@ -102,9 +109,18 @@ def _draw_together(
             output_type="latent",
             callback_on_step_end=step_taken,
         ).images
-    pixels = base.decode(latents)
+    return list(latents.split(1))
+
+
+@torch.no_grad()
+def _decoded(base: Base, latents: Sequence[Tensor]) -> list[Image.Image]:
+    pixels = base.decode(torch.cat(list(latents)))
     pixels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in pixels]
+
+
+def _in_precision_of(base: Base) -> torch.autocast:
+    return torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32)
 
 
 def scheduler_of(base: Base, sampler: Sampler) -> Any:
@@ -127,14 +143,19 @@ _SCHEDULERS: dict[Sampler, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def _as_pipelines_take_it(text: Conditions) -> dict[str, Tensor]:
+def _as_pipelines_take_it(texts: Sequence[Conditions]) -> dict[str, Tensor]:
     """Prompts and as many negative prompts, encoded as in training: a pipeline itself would cut long ones."""
-    prompt, negative = text.hidden.chunk(2)
-    embeddings = {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
-    if text.pooled is None:
+    (prompts, negatives), pooled = _side_by_side([text.hidden for text in texts]), [text.pooled for text in texts]
+    embeddings = {"prompt_embeds": prompts, "negative_prompt_embeds": negatives}
+    if pooled[0] is None:
         return embeddings
-    prompt, negative = text.pooled.chunk(2)
-    return embeddings | {"pooled_prompt_embeds": prompt, "negative_pooled_prompt_embeds": negative}
+    prompts, negatives = _side_by_side(cast(list[Tensor], pooled))
+    return embeddings | {"pooled_prompt_embeds": prompts, "negative_pooled_prompt_embeds": negatives}
+
+
+def _side_by_side(pairs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """All prompts, and all negative ones."""
+    return torch.stack([prompt for prompt, _ in pairs]), torch.stack([negative for _, negative in pairs])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,15 +23,15 @@ LEAST = 2**26
 
 
 class Resting:
-    """Frozen modules that rest while others train. A GPU's memory is for what trains, and they wait in the computer's;
-    without a GPU they wait on the disk, if they are large."""
+    """Frozen modules that rest but when they are worked with. A GPU's memory is for what trains, and they wait in the
+    computer's; without a GPU they wait on the disk, if they are large."""
 
     def __init__(
-        self, modules: Sequence[nn.Module], device: torch.device, folder: Path, warn: Callable[[str], None]
+        self, name: str, modules: Sequence[nn.Module], device: torch.device, folder: Path, warn: Callable[[str], None]
     ) -> None:
         """`device` is where they work; `warn` is told if `folder`, where they would rest on the disk, takes no more."""
-        self.modules, self.device, self.folder, self.warn = modules, device, folder, warn
-        self.shelf = self._make_shelf()
+        self.name, self.modules, self.device, self.folder, self.warn = name, modules, device, folder, warn
+        self.shelf, self.workers = self._make_shelf(), 0
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -44,12 +44,16 @@ class Resting:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Within the block they can be called; after it they rest."""
+        """Within the block they can be called; after the outermost they rest."""
+        self.workers += 1
         try:
-            self.let_work()
+            if self.workers == 1:
+                self.let_work()
             yield
         finally:
-            self.let_rest()
+            self.workers -= 1
+            if not self.workers:
+                self.let_rest()
 
     def let_rest(self) -> None:
         for module in self.modules:
@@ -60,7 +64,7 @@ class Resting:
             except OSError as error:
                 self.shelf = None
                 why = f"{self.folder} takes no more ({error.strerror or error})"
-                self.warn(f"VAE and text encoders stay in memory: {why}")
+                self.warn(f"weights of {self.name} stay in memory: {why}")
 
     def let_work(self) -> None:
         if self.shelf is not None:
@@ -135,7 +139,7 @@ class Shelf:
             found = torch.empty(shape, dtype=tensor.dtype)
             content = _bytes_of(found)
             if self.file.readinto(content) != len(content) or zlib.crc32(content) != checksum:
-                what = "the disk did not give back the weights of VAE and text encoders as they were written"
+                what = "the disk did not give back weights of VAE or text encoders as they were written"
                 fix = "Look at the disk of runtime.cache, and resume the run; the last checkpoint stands."
                 raise TrainingError(what, "runtime.cache", fix)
             tensor.data = found
