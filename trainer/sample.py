@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
@@ -23,6 +23,7 @@ from .models import Base, Conditions
 from .painting.samplers import SAMPLERS, Sampler
 
 _PIXELS_AT_ONCE = 64 * 64 * 64
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,17 @@ def draw(
     `after_step` is called after every step of the sampler; what it raises ends the drawing.
     """
     at_once = pictures_at_once(drawing.size)
-    together = [range(start, min(start + at_once, len(prompts))) for start in range(0, len(prompts), at_once)]
     with base.at_work("text encoders"):
-        texts = [text for part in together for text in _read(base, [prompts[n] for n in part], drawing)]
-    wanted, latents, pictures = list(enumerate(texts, drawing.seed)), list[Tensor](), list[Image.Image]()
-    for part in together:
-        latents += in_halves(partial(_denoised, base, drawing, after_step), [wanted[number] for number in part])
+        texts = _in_parts(partial(_read, base, drawing), prompts, at_once)
+    latents = _in_parts(partial(_denoised, base, drawing, after_step), list(enumerate(texts, drawing.seed)), at_once)
     with base.at_work("VAE"):
-        for part in together:
-            pictures += in_halves(partial(_decoded, base), [latents[number] for number in part])
-    return pictures
+        return _in_parts(partial(_decoded, base), latents, at_once)
+
+
+def _in_parts(work: Callable[[Sequence[Any]], list[Made]], things: Sequence[Any], at_once: int) -> list[Made]:
+    """What `work` makes of things, so many together, or fewer where the memory is full."""
+    parts = [things[start : start + at_once] for start in range(0, len(things), at_once)]
+    return [made for part in parts for made in in_halves(work, part)]
 
 
 def pictures_at_once(size: int) -> int:
@@ -78,7 +80,7 @@ def pictures_at_once(size: int) -> int:
 
 
 @torch.no_grad()
-def _read(base: Base, prompts: Sequence[str], drawing: Drawing) -> list[Conditions]:
+def _read(base: Base, drawing: Drawing, prompts: Sequence[str]) -> list[Conditions]:
     """Of each picture that is drawn together with others, its prompt and its negative prompt: (2, tokens, width)."""
     with _in_precision_of(base):
         text = base.encode([*prompts, *[drawing.negative_prompt] * len(prompts)]).to(base.device, base.dtype)
