@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -94,7 +94,8 @@ def test_the_same_is_computed_and_less_is_kept(which: str, precision: str, order
     dtype = {"fp64": torch.float64, "bf16": torch.bfloat16}.get(precision, torch.float32)
     module, x = make().to(dtype).requires_grad_(False), torch.randn(shape, dtype=dtype)
     if order == "channels last" and x.dim() == 4:
-        module, x = module.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+        module = cast(Any, module).to(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
     meant, usually = answers(module, x, precision == "autocast")
     assert keep_less(module)
     found, kept = answers(module, x, precision == "autocast")

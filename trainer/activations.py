@@ -7,6 +7,7 @@ it is multiplied with, though a moment's work makes them again. The result is th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -27,19 +28,21 @@ _TOWARDS_INPUT = [True, False, False]
 def keep_less(unet: nn.Module, compiled: bool = False) -> int:
     """Let the frozen layers of a UNet keep less; returns how many do. If it will be `compiled`, gated units are left to
     the compiler, which decides for itself what to keep of a block."""
-    return sum(_keeps_less(module, compiled) for module in unet.modules())
+    forwards = {module: forward for module in unet.modules() if (forward := _leaner(module, compiled))}
+    for module, forward in forwards.items():
+        module.forward = forward
+    return len(forwards)
 
 
-def _keeps_less(module: Any, compiled: bool) -> bool:
+def _leaner(module: nn.Module, compiled: bool) -> Callable[..., Tensor] | None:
+    """The forward of a layer that keeps less; None if there is none."""
     if isinstance(module, nn.Conv2d) and _is_frozen(module) and _is_plain(module):
-        module.forward = partial(_convolved, module)
-    elif isinstance(module, ResnetBlock2D) and _is_frozen(module.norm1) and _is_usual(module):
-        module.forward = partial(_residual, module)
-    elif type(module) is GEGLU and not compiled:
-        module.forward = partial(_gated, module)
-    else:
-        return False
-    return True
+        return partial(_convolved, module)
+    if isinstance(module, ResnetBlock2D) and _is_frozen(module.norm1) and _is_usual(module):
+        return partial(_residual, module)
+    if type(module) is GEGLU and not compiled:
+        return partial(_gated, module)
+    return None
 
 
 def _is_frozen(layer: nn.Module) -> bool:
