@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ from lorasmith.trainer.events import Checkpointed, Event, Sampled, Step, Warned
 from lorasmith.trainer.fitting import parameter_groups
 from lorasmith.trainer.jobs import RunFolder, create_run
 from lorasmith.trainer.loop import Trainer
-from lorasmith.trainer.memory import in_halves, is_full, parts_of, until_it_fits
+from lorasmith.trainer.memory import in_halves, is_full, parts_of, until_it_fits, where_it_fits
 from lorasmith.trainer.models import Base, _in_fp32, load_base
 from lorasmith.trainer.optim import make_optimizer
 from lorasmith.trainer.plan import make_plan
@@ -571,6 +571,46 @@ def test_a_caption_that_does_not_fit_is_named(tiny_base: Path, tmp_path: Path):
     with pytest.raises(DataError, match="does not hold it in the text encoders") as caught:
         TextCache(tmp_path / "text", base.text_fingerprint).fill(base, ["an owl"], quiet)
     assert caught.value.problems[0].where == "'an owl'"
+
+
+class OnAGpu:
+    """What stands on a GPU, and where it goes."""
+
+    def __init__(self) -> None:
+        self.device, self.been = torch.device("cuda"), list[str]()
+
+    def to(self, device: str | torch.device) -> None:
+        self.device = torch.device(device)
+        self.been.append(self.device.type)
+
+
+def test_what_a_gpu_does_not_hold_is_done_by_the_cpu():
+    base, asked = OnAGpu(), list[str]()
+
+    def work() -> str:
+        asked.append(base.device.type)
+        if base.device.type == "cuda":
+            gpu_is_full()
+        return "done"
+
+    assert where_it_fits(cast(Any, base), work) == "done"
+    assert asked == ["cuda", "cpu"]
+    assert base.been == ["cpu", "cuda"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_the_computer_does_not_hold_or_is_wrong_is_not_tried_again(device: str):
+    base = OnAGpu()
+    base.device = torch.device(device)
+
+    def work() -> None:
+        if device == "cpu":
+            take_it_all()
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises((RuntimeError, MemoryError)):
+        where_it_fits(cast(Any, base), work)
+    assert base.been == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,16 +1,19 @@
-"""When the memory is full: how it is recognised, and how the same work is done again on fewer things at a time."""
+"""When the memory is full: how it is recognised, and how the same is done on fewer things at a time, or elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from .errors import LorasmithError
+
+if TYPE_CHECKING:
+    from .models import Base
 
 T = TypeVar("T")
 Made = TypeVar("Made")
@@ -76,6 +79,23 @@ def in_halves(work: Callable[[Sequence[T]], list[Made]], things: Sequence[T]) ->
     clear_device_cache()
     first = half(len(things))
     return in_halves(work, things[:first]) + in_halves(work, things[first:])
+
+
+def where_it_fits(base: Base, work: Callable[[], Made]) -> Made:
+    """What `work` makes of a base where that is; where a GPU's memory is full, of the base in the computer's memory,
+    which takes longer. Afterwards it is where it was."""
+    device = base.device
+    try:
+        return work()
+    except OUT_OF_MEMORY as error:
+        if device.type == "cpu" or not is_full(error):
+            raise
+    base.to("cpu")
+    clear_device_cache(garbage_collection=True)
+    try:
+        return work()
+    finally:
+        base.to(device)
 
 
 def half(number: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from .formats import Format, formats_of
 from .interpolation import scaled
 from .jobs import VERIFIED, RunFolder, preview_files
 from .lorafile import LoraFile
+from .memory import where_it_fits
 from .models import Base
 from .pivotal import token_embeddings
 from .sample import Drawing, before_after_grid, drawn_like
@@ -192,14 +193,18 @@ def _write(
         f"{name}.safetensors" if format != "diffusers" else f"{name}-diffusers{'.safetensors' if lora else ''}"
     )
     if format in ("kohya", "diffusers") and lora:
-        load_fresh = partial(load_in_few_bits, base.info, kinds_in(base), base.dtype, base.device)
-        return export(base, path, facts, load_fresh, format, precision, changes)
+        return where_it_fits(base, lambda: export(base, path, facts, _load_like(base), format, precision, changes))
     with strength(base, facts.strengths):
         if format == "ldm":
             save_checkpoint_file(base, path, precision)
         else:
             save_model_folder(base, path, precision)
     return path
+
+
+def _load_like(base: Base) -> Callable[[], Base]:
+    """Loads the same base anew, in the same precision, where it is now."""
+    return partial(load_in_few_bits, base.info, kinds_in(base), base.dtype, base.device)
 
 
 _EMBEDDINGS: dict[FamilyName, dict[str, str]] = {
