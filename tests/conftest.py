@@ -214,14 +214,21 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all runs that ask nothing of it but to be trained."""
+    return tiny.make_sd1(tmp_path_factory.mktemp("base") / "tiny", layers_per_block=1)
+
+
 @pytest.fixture
-def short_run(pictures: Path, tmp_path: Path):
-    """A function that gives a run of a few small steps, with settings laid over."""
+def short_run(pictures: Path, tmp_path: Path, tiny_base: Path):
+    """A function that gives a run of a few small steps on a tiny base, with settings laid over."""
 
     def make(**over: object) -> RunConfig:
         values = {
             "name": "short",
             "runs": str(tmp_path / "runs"),
+            "base": {"model": str(tiny_base)},
             "data": [{"path": str(pictures), "trigger": "trg", "caption_dropout": 0.2}],
             "adapter": {"rank": 4, "alpha": 4.0},
             "budget": {"images": 16, "batch": 2, "accumulate": 2},

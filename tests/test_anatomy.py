@@ -70,7 +70,8 @@ def test_what_cannot_be_trained_fails_in_the_plan(settings: dict[str, Any], plac
 
 
 def test_the_plan_tells_the_rate_that_remains_after_alpha_and_rank(short_run):
-    plan = make_plan(short_run(adapter={"rank": 8, "alpha": 2.0}, optimizer={"lr": 4e-4, "text_encoder_lr": 1e-4}))
+    over = {"adapter": {"rank": 8, "alpha": 2.0}, "optimizer": {"lr": 4e-4, "text_encoder_lr": 1e-4}}
+    plan = make_plan(short_run(base={"model": "pocket"}, **over))
     unet, text = plan.facts()["trained"]
     assert unet["effective_lr"] == pytest.approx([1e-4, 1e-4])
     assert text["effective_lr"] == pytest.approx([2.5e-5, 2.5e-5])

@@ -6,8 +6,9 @@ import importlib.util
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -322,10 +323,10 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def short(short_run: Callable[..., RunConfig]) -> Callable[..., RunConfig]:
-    def make(name: str, **runtime: Any) -> RunConfig:
+    def make(name: str, base: Mapping[str, str] = MappingProxyType({}), **runtime: Any) -> RunConfig:
         cache = short_run().runtime.cache
         usual = {"precision": "fp32", "cache": cache, "cpu_kernels": False}
-        return short_run(name=name, budget={"images": 8}, runtime=usual | runtime)
+        return short_run(name=name, base=dict(base), budget={"images": 8}, runtime=usual | runtime)
 
     return make
 
@@ -474,7 +475,7 @@ def test_heads_and_precision_that_a_kernel_has_not_are_refused(
 
     monkeypatch.setattr(attention, "KERNELS", (*KERNELS[:1], Kernel("flash", narrow), *KERNELS[2:]))
     with pytest.raises(UserError) as refused:
-        make_plan(short("short", attention="flash", precision="bf16"))
+        make_plan(short("short", base={"model": "pocket"}, attention="flash", precision="bf16"))
     [problem] = refused.value.problems
     assert problem.where == "runtime.attention"
     assert problem.what == (

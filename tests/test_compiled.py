@@ -25,8 +25,6 @@ from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.plan import make_plan
 from lorasmith.trainer.release import Trained, release
 
-from . import tiny
-
 Settings = dict[str, Any]
 
 ALL: Settings = {"images": 14, "batch": 7, "accumulate": 1}
@@ -53,19 +51,12 @@ class Counting:
         return call
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_sd1(tmp_path_factory.mktemp("base") / "sd1", layers_per_block=1)
-
-
 @pytest.fixture
-def short(short_run: Callable[..., RunConfig], base: Path) -> Callable[..., RunConfig]:
-    """A function that gives a run of a few steps on a tiny base, all pictures of one size, with settings laid over."""
+def short(short_run: Callable[..., RunConfig]) -> Callable[..., RunConfig]:
+    """A function that gives a run of a few steps, all pictures of one size, with settings laid over."""
 
     def make(name: str, compile: bool = True, **over: Any) -> RunConfig:
-        config = short_run(
-            **({"name": name, "base": {"model": str(base)}, "buckets": {"max_ratio": 1.0}, "budget": ALL} | over)
-        )
+        config = short_run(**({"name": name, "buckets": {"max_ratio": 1.0}, "budget": ALL} | over))
         config.runtime.compile = compile
         return config
 

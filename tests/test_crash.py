@@ -937,7 +937,7 @@ def test_a_run_on_a_disk_that_takes_nothing_any_more_says_so_and_goes_on_later(s
         "data": [{"path": str(photos)}],
         "runtime": {"cache": str(nobody / "cache")},
     }
-    config = short_run(save={"every": 1}, **places)
+    config = short_run(base={"model": "pocket"}, save={"every": 1}, **places)  # others are in a folder of root's
     with pytest.raises(TrainingError, match="Permission denied") as caught:
         run.train(make_plan(config), protect)
     assert "lorasmith resume" in caught.value.problems[0].fix

@@ -143,7 +143,8 @@ def test_previews_count_by_their_pictures_and_steps(short_run: Callable[..., Run
 
 @pytest.mark.parametrize("ema", [0.0, 0.9], ids=["plain", "averaged"])
 def test_a_checkpoint_is_as_large_as_foreseen(short_run: Callable[..., RunConfig], ema: float):
-    config = short_run(optimizer={"ema_decay": ema}, adapter={"rank": 16, "alpha": 16.0}, save={"every": 2})
+    over = {"optimizer": {"ema_decay": ema}, "adapter": {"rank": 16, "alpha": 16.0}, "save": {"every": 2}}
+    config = short_run(base={"model": "pocket"}, **over)
     plan = make_plan(config)
     foreseen = disk_of(plan.facts(), plan.config)
     trainer = trained_run(config)

@@ -29,6 +29,7 @@ from .command import lorasmith
 from .tiny import make_sdxl
 
 CPU = Device("cpu", "cpu", 2**40)
+POCKET = {"model": "pocket"}
 UNET_ALONE: dict[str, Any] = {"adapter": {"text_encoder": False}, "optimizer": {"text_encoder_lr": 0.0}}
 
 
@@ -122,12 +123,12 @@ def test_the_peak_of_a_step_is_foreseen(short_run: Callable[..., RunConfig], ove
 def test_lean_activations_are_foreseen(
     short_run: Callable[..., RunConfig], precision: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """All of them: on the embedded base none is large."""
+    """All of them: none is large."""
     monkeypatch.setattr(activations, "FEW", 0)
     kept = []
     for is_lean in (True, False):
         runtime = {"precision": precision, "lean_activations": is_lean}
-        plan = make_plan(short_run(name=f"run-{is_lean}", **UNET_ALONE, runtime=runtime))
+        plan = make_plan(short_run(name=f"run-{is_lean}", base=POCKET, **UNET_ALONE, runtime=runtime))
         kept.append(foreseen(plan).kept)
         assert kept[-1] == pytest.approx(kept_by(trainer_of(plan), Largest.of(plan)), rel=0.1)
     assert kept[0] < 0.8 * kept[1]
@@ -265,7 +266,7 @@ def test_previews_are_decoded_in_half_precision_before_they_are_left_out(
 
 
 def test_without_a_gpu_a_base_in_few_bits_is_whole_while_images_are_encoded(short_run: Callable[..., RunConfig]):
-    plan = make_plan(short_run(**UNET_ALONE, runtime={"base_weights": "int8"}))
+    plan = make_plan(short_run(base=POCKET, **UNET_ALONE, runtime={"base_weights": "int8"}))
     here = footprint(plan, CPU)
     whole, few = (next(item for item in stage.items if item.name == "UNet") for stage in (here.encoding, here.training))
     assert few.size < 0.8 * whole.size

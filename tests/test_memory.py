@@ -45,7 +45,6 @@ from lorasmith.ui.html import esc
 from lorasmith.ui.planner import Planned
 from lorasmith.ui.train.plancard import Foreseen
 
-from . import tiny
 from .test_accumulation import SQUARE, WIDE, assert_close
 
 
@@ -56,11 +55,6 @@ def gpu_is_full() -> None:
 def take_it_all() -> None:
     """No computer has so much: what the CPU's own allocator raises."""
     torch.empty(2**60)
-
-
-@pytest.fixture(scope="module")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_sd1(tmp_path_factory.mktemp("base"), layers_per_block=1)
 
 
 @pytest.fixture

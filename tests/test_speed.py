@@ -28,8 +28,6 @@ from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.models import load_base
 from lorasmith.trainer.plan import make_plan
 
-from . import tiny
-
 State = dict[str, Tensor]
 
 
@@ -323,26 +321,18 @@ def test_steps_as_cuda_graphs_learn_what_steps_one_by_one_learn(short: Callable[
         torch.testing.assert_close(changed[name], weight, rtol=0, atol=2e-4 if precision == "fp32" else 2e-3)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A tiny one: bf16 takes long on a processor without instructions for it."""
-    return {"model": str(tiny.make_sd1(tmp_path_factory.mktemp("base") / "sd1", layers_per_block=1))}
-
-
-def test_bf16_without_autocast_is_as_near_to_fp32_as_with_it(short_run: Callable[..., RunConfig], base: dict[str, str]):
-    exact, _, _ = trained(short_run(name="fp32", base=base))
-    lean, _, trainer = trained(short_run(name="lean", base=base, runtime={"precision": "bf16"}))
-    cast, _, with_autocast = trained(short_run(name="cast", base=base, runtime={"precision": "bf16", "autocast": True}))
+def test_bf16_without_autocast_is_as_near_to_fp32_as_with_it(short_run: Callable[..., RunConfig]):
+    exact, _, _ = trained(short_run(name="fp32"))
+    lean, _, trainer = trained(short_run(name="lean", runtime={"precision": "bf16"}))
+    cast, _, with_autocast = trained(short_run(name="cast", runtime={"precision": "bf16", "autocast": True}))
     assert (trainer.denoiser.autocast, with_autocast.denoiser.autocast) == (False, True)
     assert lean == pytest.approx(exact, rel=0.02)
     assert cast == pytest.approx(exact, rel=0.02)
 
 
 @pytest.mark.parametrize("over", [{"adapter": {"new_tokens": 1}}, {"adapter": {"dropout": 0.1}}])
-def test_what_is_no_fast_layer_is_autocast(
-    short_run: Callable[..., RunConfig], base: dict[str, str], over: dict[str, Any]
-):
-    assert trained(short_run(**over, base=base, runtime={"precision": "bf16"}))[2].denoiser.autocast
+def test_what_is_no_fast_layer_is_autocast(short_run: Callable[..., RunConfig], over: dict[str, Any]):
+    assert trained(short_run(**over, runtime={"precision": "bf16"}))[2].denoiser.autocast
 
 
 def test_strengths_act_on_fast_layers(short: Callable[..., RunConfig]):

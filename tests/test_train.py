@@ -206,7 +206,8 @@ def test_previews_start_with_the_untouched_base_and_say_how_they_were_made(short
     from PIL import Image
 
     sample = {"every": 2, "steps": 2, "prompts": ["emoji of pizza"], "seed": 7}
-    plan = make_plan(short_run(sample=sample, runtime={"cpu_kernels": False}))  # they round otherwise than the base's
+    exact = {"cpu_kernels": False}  # they round otherwise than the base's
+    plan = make_plan(short_run(base={"model": "pocket"}, sample=sample, runtime=exact))
     folder = create_run(plan.config)
     Trainer(plan, folder, lambda event: None).train(lambda: False)
     base = load_base(inspect_base("pocket"))
