@@ -573,6 +573,9 @@ class OnAGpu:
     def __init__(self) -> None:
         self.device, self.been = torch.device("cuda"), list[str]()
 
+    def places(self) -> list[tuple[Any, torch.device]]:
+        return [(self, self.device)]
+
     def to(self, device: str | torch.device) -> None:
         self.device = torch.device(device)
         self.been.append(self.device.type)

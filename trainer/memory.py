@@ -84,18 +84,19 @@ def in_halves(work: Callable[[Sequence[T]], list[Made]], things: Sequence[T]) ->
 def where_it_fits(base: Base, work: Callable[[], Made]) -> Made:
     """What `work` makes of a base where that is; where a GPU's memory is full, of the base in the computer's memory,
     which takes longer. Afterwards it is where it was."""
-    device = base.device
+    places = base.places()
     try:
         return work()
     except OUT_OF_MEMORY as error:
-        if device.type == "cpu" or not is_full(error):
+        if all(device.type == "cpu" for _, device in places) or not is_full(error):
             raise
     base.to("cpu")
     clear_device_cache(garbage_collection=True)
     try:
         return work()
     finally:
-        base.to(device)
+        for module, device in places:
+            module.to(device)
 
 
 def half(number: int) -> int:

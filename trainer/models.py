@@ -198,13 +198,17 @@ class Base:
         return self.unet.device
 
     def at_work(self, encoder: Encoder) -> AbstractContextManager[None]:
-        """Within the block the VAE, or the text encoders, can be called."""
+        """Within the block the VAE, or the text encoders, can be called, and stay at work from one call to the next."""
         return self.resting[encoder].at_work() if encoder in self.resting else nullcontext()
 
     def to(self, device: str | torch.device) -> None:
         """Move all components."""
         for module in (*self.components.values(), self.vae):
             module.to(device)
+
+    def places(self) -> list[tuple[Any, torch.device]]:
+        """Each component, and where it is."""
+        return [(module, module.device) for module in (*self.components.values(), self.vae)]
 
     @property
     def scaling_factor(self) -> float:
@@ -224,12 +228,13 @@ class Base:
 
     def _through_vae(self, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         """What the VAE makes of a batch, fp32; what is not finite in half precision is run again in fp32."""
-        batch = batch.to(self.vae.device)
-        made = run(batch.to(self.vae.dtype)).float()
-        failed = ~made.isfinite().flatten(1).all(1)
-        if self.vae.dtype != torch.float32 and failed.any():
-            with _in_fp32(self.vae):
-                made[failed] = run(batch[failed].float())
+        with self.at_work("VAE"):
+            batch = batch.to(self.vae.device)
+            made = run(batch.to(self.vae.dtype)).float()
+            failed = ~made.isfinite().flatten(1).all(1)
+            if self.vae.dtype != torch.float32 and failed.any():
+                with _in_fp32(self.vae):
+                    made[failed] = run(batch[failed].float())
         return made
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
@@ -249,8 +254,10 @@ class Base:
         return [framed(chunk, length, start, end, pad) for chunk in chunks_of(ids, length, comma)]  # pyright: ignore
 
     def encode(self, captions: Sequence[str]) -> Conditions:
-        """Captions to conditions, where the text encoders are."""
-        return self.family.encode(list(self.text_encoders.values()), self.tokenize(captions).to(self.text_device))
+        """Captions to conditions, where the UNet is."""
+        with self.at_work("text encoders"):
+            tokens = self.tokenize(captions).to(self.text_device)
+            return self.family.encode(list(self.text_encoders.values()), tokens).to(self.device)
 
     @property
     def text_device(self) -> torch.device:

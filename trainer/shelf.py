@@ -35,12 +35,13 @@ class Resting:
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """Within the block they rest."""
+        """Within the block they rest, and after it they are in memory: the computer's, also beside a GPU."""
         try:
             self.let_rest()
             yield
         finally:
-            self.let_work()
+            if self.shelf is not None:
+                self.shelf.take_back()
 
     @contextmanager
     def at_work(self) -> Iterator[None]:

@@ -181,7 +181,7 @@ def _cached_captions(config: RunConfig) -> Technique:
 
 def _resting_encoders(config: RunConfig, on_gpu: bool) -> Technique:
     who = "the VAE waits" if config.adapter.trains_text else "VAE and text encoders wait"
-    where = "in the computer's memory while the GPU trains" if on_gpu else _ON_THE_DISK
+    where = "in the computer's memory, and each comes to the GPU for its own work alone" if on_gpu else _ON_THE_DISK
     return Technique("resting encoders", True, f"{who} {where}")
 
 

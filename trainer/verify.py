@@ -121,7 +121,7 @@ def _compare(path: Path, base: Base, load_fresh: Callable[[], Base], changes: Ch
     modules = dict(Counter(module_component(name) for name in live))
     most = 1.0 if _rounds_lengths(base, live, format) else MOST
     said = answers_of(base, modules, partial(strength, base), most) if changes is None else {}
-    device = base.device
+    places = base.places()
     base.to("cpu")  # a GPU that just holds one base must not have to hold two
     fresh = load_fresh()
     if changes is not None:
@@ -135,7 +135,8 @@ def _compare(path: Path, base: Base, load_fresh: Callable[[], Base], changes: Ch
     answers = compare_answers(fresh, said, tolerance, acting)
     errors = [*change_errors(live, written).values(), *change_errors(live, applied, base.dtype).values()]
     del fresh, applied, acting
-    base.to(device)
+    for module, device in places:
+        module.to(device)
     return Verification(
         modules=modules,
         weight_error=max(errors),
