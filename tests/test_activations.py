@@ -145,6 +145,19 @@ def test_what_is_trained_keeps_all_that_it_needs():
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("which", ["norm1", "norm2", "conv1", "conv2"])
+def test_a_single_layer_that_is_trained_gets_its_gradient(which: str):
+    torch.manual_seed(0)
+    module = Timed(in_channels=8, temb_channels=16, groups=4).requires_grad_(False)
+    layer, x, found = module.block.get_submodule(which).requires_grad_(True), torch.randn(2, 8, 6, 5), []
+    for _ in range(2):
+        layer.zero_grad()
+        module(x).square().sum().backward()
+        found.append([parameter.grad for parameter in layer.parameters()])
+        assert keep_less(module)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -38,7 +38,7 @@ def _leaner(module: nn.Module, compiled: bool) -> Callable[..., Tensor] | None:
     """The forward of a layer that keeps less; None if there is none."""
     if isinstance(module, nn.Conv2d) and _is_frozen(module) and _is_plain(module):
         return partial(_convolved, module)
-    if isinstance(module, ResnetBlock2D) and _is_frozen(module.norm1) and _is_usual(module):
+    if isinstance(module, ResnetBlock2D) and _is_usual(module) and all(map(_is_frozen, (module.norm1, module.norm2))):
         return partial(_residual, module)
     if type(module) is GEGLU and not compiled:
         return partial(_gated, module)
@@ -91,11 +91,11 @@ class _Convolution(torch.autograd.Function):
 # residual blocks
 
 
-def _residual(block: Any, x: Tensor, time: Tensor | None = None) -> Tensor:
-    """The block of diffusers, x (batch, channels, h, w), with each norm and its SiLU as one function."""
-    hidden = block.conv1(_norm_then_silu(block.norm1, x))
+def _residual(block: Any, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
+    """The block of diffusers, of (batch, channels, h, w), with each norm and its SiLU as one function."""
+    x, hidden = input_tensor, block.conv1(_norm_then_silu(block.norm1, input_tensor))
     if block.time_emb_proj is not None:
-        hidden = hidden + block.time_emb_proj(silu(cast(Tensor, time)))[:, :, None, None]
+        hidden = hidden + block.time_emb_proj(silu(cast(Tensor, temb)))[:, :, None, None]
     hidden = block.conv2(block.dropout(_norm_then_silu(block.norm2, hidden)))
     return hidden + (x if block.conv_shortcut is None else block.conv_shortcut(x.contiguous()))
 
