@@ -238,7 +238,7 @@ def test_losses_and_changes_are_nearly_those_on_the_full_base(short: Callable[..
         ({"kind": "loha"}, {}),
         ({"init": "eva"}, {}),
         ({"dropout": 0.1, "targets": "all"}, {"precision": "bf16"}),
-        ({}, {"precision": "bf16", "gradient_checkpointing": True, "channels_last": True}),
+        ({}, {"precision": "bf16", "gradient_checkpointing": True}),
         ({}, {"fast_lora": False, "cpu_kernels": False}),
     ],
     ids=["loha", "eva", "dropout", "lean", "plain"],

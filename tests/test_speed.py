@@ -26,7 +26,7 @@ from lorasmith.trainer.flat import Flat
 from lorasmith.trainer.jobs import create_run
 from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.models import load_base
-from lorasmith.trainer.plan import make_plan
+from lorasmith.trainer.plan import check_devices, make_plan
 
 State = dict[str, Tensor]
 
@@ -300,12 +300,23 @@ def test_losses_and_weights_are_the_same_with_and_without_each_technique(
     short: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(activations, "FEW", 0)
+    monkeypatch.setattr("lorasmith.trainer.plan._check_order", lambda: None)  # channels_last is for GPUs
     losses, weights, _ = trained(short("plain"))
     for technique, other in TECHNIQUES.items():
         found, changed, _ = trained(short(technique, **{technique: other}))
         assert found == pytest.approx(losses, rel=1e-4), technique
         for name, weight in weights.items():
             torch.testing.assert_close(changed[name], weight, rtol=0, atol=2e-4, msg=f"{technique}: {name}")
+
+
+def test_a_cpu_refuses_what_takes_the_place_of_something_faster(
+    short: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(device, "kind_here", lambda: "cpu")
+    with pytest.raises(ConfigError, match=r"runtime\.channels_last: may pay on a GPU"):
+        check_devices(short("last", channels_last=True))
+    monkeypatch.setattr(device, "kind_here", lambda: "cuda")
+    check_devices(short("last", channels_last=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

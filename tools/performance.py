@@ -53,7 +53,7 @@ ON_A_CPU = Book(
         "sd15": Case("random:sd15", resolution=256, precision="bf16"),
     },
     alone_on=("pocket", "sd15"),
-    left_out=("cuda_graphs",),
+    left_out=("cuda_graphs", "channels_last"),
     further={"base_weights": ("int8", "full")},
 )
 ON_A_GPU = Book(

@@ -471,8 +471,9 @@ class RuntimeSection(Section):
     """On a CPU, compute convolutions over few pixels and short attention as products of matrices: the same result, and
     faster. false: PyTorch's own kernels. On a GPU those are used in any case."""
     channels_last: bool = False
-    """Keep the UNet's convolutions in the order of memory that some kernels prefer. Measure it with `lorasmith bench`:
-    it pays on some cards, and costs on others. On a CPU it takes the place of `cpu_kernels`."""
+    """Keep the UNet's convolutions in the order of memory that some kernels of GPUs prefer. Measure it with
+    `lorasmith bench`: it pays on some cards, and costs on others. On a CPU `cpu_kernels` gains more, and it is refused.
+    """
     compile: bool = False
     """Compile the blocks of transformers that the UNet repeats: the same result but for rounding, in less time a step.
     Compiling itself takes a minute or more before the first step, so it pays in long runs. It needs a compiler: on a

@@ -449,10 +449,12 @@ def check_devices(config: RunConfig) -> None:
     """Settings that this computer cannot honour.
 
     Raises:
-        ConfigError: without an NVIDIA GPU, what needs one; CUDA graphs where no step can be one; weights in 4 bits
-            without what makes them.
+        ConfigError: without an NVIDIA GPU, what needs one; on a CPU, what takes the place of something faster; CUDA
+            graphs where no step can be one; weights in 4 bits without what makes them.
     """
     runtime = config.runtime
+    if runtime.channels_last:
+        _check_order()
     if runtime.cuda_graphs:
         _check_graphs(config)
     if runtime.base_weights == "nf4":
@@ -469,6 +471,14 @@ def check_devices(config: RunConfig) -> None:
         if value in _NEED_A_GPU and not torch.cuda.is_available():
             what = f"{value} needs an NVIDIA GPU, and this computer has none"
             raise ConfigError(what, f"runtime.{setting}", f'Set runtime.{setting} = "auto".')
+
+
+def _check_order() -> None:
+    from .device import kind_here
+
+    if kind_here() == "cpu":
+        what = "may pay on a GPU; on a CPU runtime.cpu_kernels, whose place it would take, gains more"
+        raise ConfigError(what, "runtime.channels_last", "Set runtime.channels_last = false.")
 
 
 def _warnings_of_bf16() -> Iterator[str]:

@@ -133,8 +133,6 @@ def _cpu_kernels(config: RunConfig, on_gpu: bool) -> Technique:
         return Technique(name, False, "a GPU computes")
     if not runtime.cpu_kernels:
         return Technique(name, False, "runtime.cpu_kernels is false")
-    if runtime.channels_last:
-        return Technique(name, False, "runtime.channels_last takes its place")
     if runtime.compile:
         return Technique(
             name, True, "convolutions over few pixels are products of matrices; all else is left to the compiler"
