@@ -143,6 +143,8 @@ def test_a_run_draws_although_its_encoders_rest(
     assert not [event for event in events if isinstance(event, Warned)]
     assert [event.step for event in events if isinstance(event, Sampled)] == [0, 2, 4, 5]
     assert trainer.base.vae.encoder.conv_in.weight.numel()
+    trainer.base.encode(["an owl"])
+    assert have_weights(trainer.base) == (True, True)  # who exports reads them all
     assert not list((tmp_path / "cache").rglob(".resting-*"))
 
 

@@ -35,13 +35,14 @@ class Resting:
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """Within the block they rest, and after it they are in memory: the computer's, also beside a GPU."""
+        """Within the block they rest. After it they stay in memory: the computer's, also beside a GPU."""
         try:
             self.let_rest()
             yield
         finally:
             if self.shelf is not None:
                 self.shelf.take_back()
+                self.shelf = None
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
