@@ -24,6 +24,7 @@ from lorasmith.trainer.loop import Trainer
 from lorasmith.trainer.plan import Plan, make_plan
 from lorasmith.trainer.probe import probe
 from lorasmith.trainer.prospect import prospect
+from lorasmith.trainer.techniques import techniques
 
 from .command import lorasmith
 from .tiny import make_sdxl
@@ -323,6 +324,22 @@ def test_techniques_are_told_with_their_reasons(
     assert {name for name, one in found.items() if not one["on"]} >= off
     assert all(one["why"] for one in found.values())
     assert len(found) == 15
+
+
+@pytest.mark.parametrize(
+    ("kind", "compiles", "told"),
+    [
+        ("lora", False, "frozen convolutions keep no input, norms keep theirs alone, gated units keep theirs alone"),
+        ("lora", True, "frozen convolutions keep no input, norms keep theirs alone: "),
+        ("full", False, "gated units keep theirs alone: "),
+        ("full", True, ""),
+    ],
+)
+def test_what_keeps_less_is_told(short_run: Callable[..., RunConfig], kind: str, compiles: bool, told: str):
+    config = short_run(adapter={"kind": kind}, runtime={"compile": compiles})
+    [found] = [one for one in techniques(config, False, "no", 1.0) if one.name == "lean_activations"]
+    assert found.is_on == bool(told)
+    assert found.why.startswith(told)
 
 
 def test_a_probe_measures_the_largest_batch(short_run: Callable[..., RunConfig]):

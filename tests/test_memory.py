@@ -576,6 +576,10 @@ class OnAGpu:
     def places(self) -> list[tuple[Any, torch.device]]:
         return [(self, self.device)]
 
+    def put_back(self, places: list[tuple[Any, torch.device]]) -> None:
+        [(_, device)] = places
+        self.to(device)
+
     def to(self, device: str | torch.device) -> None:
         self.device = torch.device(device)
         self.been.append(self.device.type)

@@ -93,11 +93,13 @@ class _Convolution(torch.autograd.Function):
 
 def _residual(block: Any, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
     """The block of diffusers, of (batch, channels, h, w), with each norm and its SiLU as one function."""
-    x, hidden = input_tensor, block.conv1(_norm_then_silu(block.norm1, input_tensor))
+    hidden = block.conv1(_norm_then_silu(block.norm1, input_tensor))
     if block.time_emb_proj is not None:
         hidden = hidden + block.time_emb_proj(silu(cast(Tensor, temb)))[:, :, None, None]
     hidden = block.conv2(block.dropout(_norm_then_silu(block.norm2, hidden)))
-    return hidden + (x if block.conv_shortcut is None else block.conv_shortcut(x.contiguous()))
+    if block.conv_shortcut is None:
+        return hidden + input_tensor
+    return hidden + block.conv_shortcut(input_tensor.contiguous() if block.training else input_tensor)
 
 
 def _norm_then_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:

@@ -95,8 +95,7 @@ def where_it_fits(base: Base, work: Callable[[], Made]) -> Made:
     try:
         return work()
     finally:
-        for module, device in places:
-            module.to(device)
+        base.put_back(places)
 
 
 def half(number: int) -> int:

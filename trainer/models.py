@@ -210,6 +210,11 @@ class Base:
         """Each component, and where it is."""
         return [(module, module.device) for module in (*self.components.values(), self.vae)]
 
+    def put_back(self, places: Sequence[tuple[Any, torch.device]]) -> None:
+        """Move each component where it was."""
+        for module, device in places:
+            module.to(device)
+
     @property
     def scaling_factor(self) -> float:
         """Latents are multiplied by it to about unit variance."""

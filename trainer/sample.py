@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import SampleSection
 from .files import atomic_file, atomic_folder
 from .jobs import preview_files
-from .memory import in_halves
+from .memory import in_halves, parts_of
 from .models import Base, Conditions
 from .painting.samplers import SAMPLERS, Sampler
 
@@ -70,8 +70,7 @@ def draw(
 
 def _in_parts(work: Callable[[Sequence[Any]], list[Made]], things: Sequence[Any], at_once: int) -> list[Made]:
     """What `work` makes of things, so many together, or fewer where the memory is full."""
-    parts = [things[start : start + at_once] for start in range(0, len(things), at_once)]
-    return [made for part in parts for made in in_halves(work, part)]
+    return [made for _, part in parts_of([things], at_once) for made in in_halves(work, part)]
 
 
 def pictures_at_once(size: int) -> int:
@@ -83,7 +82,7 @@ def pictures_at_once(size: int) -> int:
 def _read(base: Base, drawing: Drawing, prompts: Sequence[str]) -> list[Conditions]:
     """Of each picture that is drawn together with others, its prompt and its negative prompt: (2, tokens, width)."""
     with _in_precision_of(base):
-        text = base.encode([*prompts, *[drawing.negative_prompt] * len(prompts)]).to(base.device, base.dtype)
+        text = base.encode([*prompts, *[drawing.negative_prompt] * len(prompts)]).to(base.dtype)
     return [text[number :: len(prompts)] for number in range(len(prompts))]
 
 

@@ -110,8 +110,11 @@ def _lean_activations(config: RunConfig) -> Technique:
     name = "lean_activations"
     if not config.runtime.lean_activations:
         return Technique(name, False, "runtime.lean_activations is false")
-    frozen = "" if config.adapter.kind == "full" else "frozen convolutions keep no input, norms and "
-    return Technique(name, True, f"{frozen}gated units keep theirs alone: the backward pass makes the rest again")
+    frozen = [] if config.adapter.kind == "full" else ["frozen convolutions keep no input", "norms keep theirs alone"]
+    gated = [] if config.runtime.compile else ["gated units keep theirs alone"]
+    if not frozen + gated:
+        return Technique(name, False, "a whole model is trained, and the compiler decides what gated units keep")
+    return Technique(name, True, f"{', '.join(frozen + gated)}: the backward pass makes the rest again")
 
 
 def _attention(config: RunConfig, on_gpu: bool) -> Technique:

@@ -135,8 +135,7 @@ def _compare(path: Path, base: Base, load_fresh: Callable[[], Base], changes: Ch
     answers = compare_answers(fresh, said, tolerance, acting)
     errors = [*change_errors(live, written).values(), *change_errors(live, applied, base.dtype).values()]
     del fresh, applied, acting
-    for module, device in places:
-        module.to(device)
+    base.put_back(places)
     return Verification(
         modules=modules,
         weight_error=max(errors),
