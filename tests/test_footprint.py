@@ -336,7 +336,8 @@ def test_techniques_are_told_with_their_reasons(
     ],
 )
 def test_what_keeps_less_is_told(short_run: Callable[..., RunConfig], kind: str, compiles: bool, told: str):
-    config = short_run(adapter={"kind": kind}, runtime={"compile": compiles})
+    adapter = {"kind": kind, "rank": 16, "alpha": 16.0}  # their defaults: of a whole model there are none
+    config = short_run(adapter=adapter, runtime={"compile": compiles})
     [found] = [one for one in techniques(config, False, "no", 1.0) if one.name == "lean_activations"]
     assert found.is_on == bool(told)
     assert found.why.startswith(told)
